@@ -2,7 +2,8 @@
 
 use oci::Digest;
 use oci::signature::{
-    FoundSignature, NamedKey, PublicKey, SignatureDemand, Signers, SimpleSignature,
+    Bundle, FoundSignature, NamedKey, PublicKey, SignatureDemand, SignatureVerification, Signers,
+    SimpleSignature,
 };
 
 const KEY: &[u8] = b"-----BEGIN PUBLIC KEY-----
@@ -20,10 +21,13 @@ pub(super) fn run(input: &[u8]) {
     let keys = [NamedKey { name: "key".to_owned(), key }].into();
     let demand = SignatureDemand::signed_by(Signers { keys, ..Signers::default() });
     let simple = SimpleSignature {
-        payload: bytes.to_vec(),
+        payload: bytes.to_vec().into(),
         signature: signature.to_owned(),
         ..SimpleSignature::default()
     };
-    let found = [FoundSignature::Bundle(bytes.to_vec()), FoundSignature::Simple(simple)];
-    assert!(demand.judge(&found, &[Digest::of(bytes)]).is_err());
+    let bundle = Bundle { json: bytes.to_vec().into(), document: Some(bytes.to_vec().into()) };
+    let mut verification = SignatureVerification::new(demand, vec![Digest::of(bytes)]);
+    verification.add(&FoundSignature::Bundle(bundle));
+    verification.add(&FoundSignature::Simple(simple));
+    assert!(verification.finish().is_err());
 }

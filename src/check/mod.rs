@@ -9,6 +9,7 @@
 
 mod volume_files;
 
+use bytes::Bytes;
 use serde::Serialize;
 
 pub use volume_files::FileReport;
@@ -19,9 +20,12 @@ use oci::manifest::{
     check_config_platform, config_platform,
 };
 use oci::registry::{ManifestName, Refusals, Registry, RepositoryClient};
-use oci::signature::{AcceptedSignature, SignatureDemand, SignatureFormat};
+use oci::signature::{
+    AcceptedSignature, Bundle, FoundSignature, SignatureDemand, SignatureFormat,
+    SignatureVerification, sigstore_bundle,
+};
 use oci::{Digest, Platform, Reference};
-use pull::signature_verification::Finder;
+use pull::signature_search::SignatureSearch;
 use pull::{PullError, PullOptions};
 use unpack::Limits;
 
@@ -34,6 +38,8 @@ pub struct CheckRequest {
     pub platforms: Vec<Platform>,
     /// The signatures that it must have.
     pub signature: Option<SignatureDemand>,
+    /// Sigstore bundles to verify instead of the registry's signatures, if any.
+    pub bundles: Vec<Bytes>,
     /// The files that it must have.
     pub required: Vec<RequiredFile>,
     /// The credentials for the registry.
@@ -301,27 +307,43 @@ impl ArtifactReader<'_> {
         check: &CheckRequest,
         subjects: [Digest; 2],
     ) -> Result<SignatureStatus, PullError> {
-        let [manifest, top] = subjects;
-        let (client, limits) = (self.client, self.limits.manifest());
-        let finder = Finder { client, options: PullOptions::default(), limits };
-        let mut found = Vec::new();
-        let distinct = if manifest == top { &subjects[..1] } else { &subjects[..] };
-        for subject in distinct {
-            let format =
-                check.signature.as_ref().map_or(SignatureFormat::Any, |demand| demand.format);
-            match finder.find(*subject, format, &mut found).await {
-                Ok(()) => {}
-                // Nothing demands a signature: the artifact can be read without this answer.
-                Err(error) if check.signature.is_none() => {
-                    return Ok(SignatureStatus::Unknown { reason: error.to_string() });
+        let demand = check.signature.clone();
+        let format = demand.as_ref().map_or(SignatureFormat::Any, |demand| demand.format);
+        let (options, limits) = (PullOptions::default(), self.limits.manifest());
+        let mut search = SignatureSearch::new(self.client, options, limits, format, &subjects);
+        let Some(demand) = demand else {
+            let mut count = 0;
+            return Ok(loop {
+                match search.next().await {
+                    Ok(Some(_)) => count += 1,
+                    Ok(None) => break SignatureStatus::Unverified { count },
+                    // Nothing demands a signature: the artifact can be read without this answer.
+                    Err(error) => break SignatureStatus::Unknown { reason: error.to_string() },
                 }
-                Err(error) => return Err(error),
+            });
+        };
+        let mut verification = SignatureVerification::new(demand, subjects.to_vec());
+        if check.bundles.is_empty() {
+            while let Some(found) = search.next().await? {
+                if verification.add(&found.signature) {
+                    break;
+                }
             }
         }
-        let Some(demand) = &check.signature else {
-            return Ok(SignatureStatus::Unverified { count: found.len() });
-        };
-        let by = demand.judge(&found, &subjects).map_err(PullError::Signature)?;
+        for json in &check.bundles {
+            let mut add = |document| {
+                verification.add(&FoundSignature::Bundle(Bundle { json: json.clone(), document }))
+            };
+            if !sigstore_bundle::signs_document(json) {
+                add(None);
+                continue;
+            }
+            for subject in subjects {
+                let document = self.client.manifest(&ManifestName::Digest(subject)).await?;
+                add(Some(document.bytes.clone()));
+            }
+        }
+        let by = verification.finish().map_err(PullError::Signature)?;
         Ok(SignatureStatus::Verified { by })
     }
 }

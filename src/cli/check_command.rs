@@ -1,8 +1,9 @@
 //! `check`: checks what a registry would serve, for a job before a rollout.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde::de::IgnoredAny;
 
 use super::client_credentials::{for_person, keyring};
 use super::output::OutputArguments;
@@ -22,6 +23,7 @@ use text::human_units::Bytes;
   csi-driver-oci check ghcr.io/team/tool:v1
   csi-driver-oci check r.io/tool:v1 --platform linux/amd64 --platform linux/arm64 --key cosign.pub
   csi-driver-oci check r.io/tool:v1 --config node.yaml --policy
+  csi-driver-oci check r.io/tool:v1 --config node.yaml --policy --bundle attestation.jsonl
   csi-driver-oci check r.io/tool:v1 --require-file bin/tool:exec --require-file etc/tool.yml -o json")]
 pub(super) struct CheckArguments {
     /// The artifact: host[:port]/repository[:tag][@digest].
@@ -30,14 +32,17 @@ pub(super) struct CheckArguments {
     #[arg(long = "platform")]
     platforms: Vec<Platform>,
     /// The public key that must have signed the artifact: a PEM file, as cosign writes it.
-    #[arg(long, value_name = "PUB")]
+    #[arg(long, value_name = "PUB", group = "signers")]
     key: Option<PathBuf>,
     /// Check the artifact as the policy of the configuration file demands it for a pod.
-    #[arg(long, requires = "config", conflicts_with = "key")]
+    #[arg(long, requires = "config", group = "signers")]
     policy: bool,
     /// The pod's namespace for --policy [default: no namespace].
     #[arg(long, requires = "policy")]
     namespace: Option<String>,
+    /// A file with Sigstore bundles, one or one in each line, to verify instead of the registry's signatures.
+    #[arg(long, value_name = "FILE", requires = "signers")]
+    bundle: Option<PathBuf>,
     /// A file that the artifact must have; with :exec, it must be executable.
     #[arg(long = "require-file", value_name = "PATH[:exec]")]
     required: Vec<String>,
@@ -60,6 +65,7 @@ pub(super) fn run(arguments: &CheckArguments) -> Result<(), CommandError> {
         reference: arguments.reference.clone(),
         platforms: arguments.platforms.clone(),
         signature: arguments.signature(&configuration)?,
+        bundles: arguments.bundle.as_deref().map_or_else(|| Ok(Vec::new()), bundles)?,
         required: arguments.required.iter().map(|text| required(text)).collect(),
         keyring: keyring(
             arguments.docker_config.as_deref(),
@@ -105,6 +111,17 @@ impl CheckArguments {
         let refused = |refusal| format!("{reference}: {refusal}");
         Ok(policy.decide(request).map_err(refused)?.signature)
     }
+}
+
+/// Reads a file of one bundle, or of one in each line.
+fn bundles(path: &Path) -> Result<Vec<bytes::Bytes>, CommandError> {
+    let failed = |error| format!("the bundle {}: {error}", path.display());
+    let content = bytes::Bytes::from(std::fs::read(path).map_err(failed)?);
+    if serde_json::from_slice::<IgnoredAny>(&content).is_ok() {
+        return Ok(vec![content]);
+    }
+    let lines = content.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
+    Ok(lines.map(|line| content.slice_ref(line)).collect())
 }
 
 fn required(text: &str) -> RequiredFile {

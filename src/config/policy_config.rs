@@ -69,7 +69,7 @@ pub struct TrustRootEntry {
 pub struct IdentityEntry {
     /// The name of the identity, for rules and messages.
     pub name: String,
-    /// The OpenID issuer.
+    /// The issuer of identity tokens.
     pub issuer: Option<String>,
     /// A regular expression for the whole issuer.
     pub issuer_reg_exp: Option<String>,

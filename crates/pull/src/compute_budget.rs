@@ -38,9 +38,15 @@ impl Computations {
         Ok(self.background.boost_while(memory).await?)
     }
 
-    /// Waits for the memory of a computation that no flight needs.
-    pub(super) async fn memory_of_node(&self, bytes: u64) -> Result<Memory, PullError> {
-        let memory = self.budget.compute(Tenant::Config, bytes, |_| ());
+    /// Waits for the memory of a computation that belongs to no flight.
+    pub(super) async fn memory_of(&self, tenant: &Tenant, bytes: u64) -> Result<Memory, PullError> {
+        let memory = self.budget.compute(tenant.clone(), bytes, |_| ());
+        Ok(self.background.boost_while(memory).await?)
+    }
+
+    /// Waits for memory that is kept, outside of a flight, while a registry is asked.
+    pub(super) async fn keep_of(&self, tenant: &Tenant, bytes: u64) -> Result<Memory, PullError> {
+        let memory = self.budget.keep(tenant.clone(), bytes, |_| ());
         Ok(self.background.boost_while(memory).await?)
     }
 

@@ -393,7 +393,8 @@ impl ContentReader {
     /// wait for. Blocking.
     fn memory_in_turn(&self, bytes: u64, reader: &mut Reader) -> Result<Memory, PullError> {
         reader.is_about_to_wait();
-        tokio::runtime::Handle::current().block_on(self.computations.memory_of_node(bytes))
+        tokio::runtime::Handle::current()
+            .block_on(self.computations.memory_of(&Tenant::Config, bytes))
     }
 
     /// Compares a tree once there is memory for it. A tree that cannot be read on this node now is a finding of the kind

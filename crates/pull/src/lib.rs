@@ -11,7 +11,7 @@
 //!   credentials_verification  when an earlier answer needs no new proof
 //!   manifest_fetch            the index, the manifest and the configuration from a registry
 //!   access_proofs             whether a credential opens a manifest
-//! signature_verification      finding and verifying the signatures of an artifact
+//! signature_verification      verifying the signatures of an artifact; signature_search: finding them
 //!
 //! artifact_tree               the tree assembler: manifest -> tree
 //!   tree_shape                what a volume shows of a manifest
@@ -77,7 +77,8 @@ mod pull_tenant;
 mod range_scheduler;
 mod reference_resolution;
 mod shared_downloads;
-pub mod signature_verification;
+pub mod signature_search;
+mod signature_verification;
 pub mod single_flight;
 mod small_blob;
 mod streaming_unpack;
@@ -293,6 +294,7 @@ impl Puller {
             store: store.clone(),
             registry,
             resolver: Arc::clone(&resolver),
+            computations: computations.clone(),
             options,
             limits: limits.manifest(),
             observer: Arc::clone(&observer),

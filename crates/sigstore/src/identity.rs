@@ -50,7 +50,7 @@ const CLAIMS: [(&str, ReadClaim); 21] = [
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SignerIdentity {
-    /// The OpenID issuer that vouched for the signer.
+    /// The issuer of the identity token that the signer had.
     pub issuer: String,
     /// The email address or URI of the signer.
     pub subject: String,

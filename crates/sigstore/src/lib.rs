@@ -16,7 +16,8 @@ pub mod trust_root;
 
 pub use identity::{IdentityPattern, SignerIdentity, TextPattern};
 pub use signature_bundle::{
-    AttachedSignature, BundleError, SignatureBundle, VerificationError, VerifiedSigner,
+    AttachedSignature, BundleError, MAXIMUM_BUNDLE_BYTES, SignatureBundle, VerificationError,
+    VerifiedSigner,
 };
 pub use trust_root::{TransparencyLog, TrustRoot, TrustRootError};
 

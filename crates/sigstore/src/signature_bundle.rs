@@ -18,9 +18,9 @@ use super::identity::SignerIdentity;
 use super::trust_root::TrustRoot;
 use super::{ring_provider, strict_json};
 
-/// The maximum size of a bundle in bytes. One with a certificate and a log entry has about 10 KiB; its payload may be
-/// an attestation.
-pub const MAXIMUM_BUNDLE_BYTES: usize = 256 << 10;
+/// The maximum size of a bundle in bytes. Certificate and proofs have about 10 KiB; the payload may be an attestation
+/// with a bill of materials.
+pub const MAXIMUM_BUNDLE_BYTES: usize = 4 << 20;
 /// The maximum number of log entries, of timestamps and of certificates. Each is verified; tools write one of each.
 const MAXIMUM_PROOFS: usize = 8;
 /// The maximum size of a log's checkpoint in bytes. Each of its signatures may be verified.
@@ -117,7 +117,7 @@ pub enum BundleError {
     /// The signature was made with a key, and there is no certificate.
     #[error("it has no certificate")]
     NoCertificate,
-    /// The certificate is not of a signer: it lacks a subject or an OpenID issuer.
+    /// The certificate is not of a signer: it lacks a subject or the issuer of its identity.
     #[error("its certificate names no subject or no issuer")]
     NoIdentity,
 }
@@ -305,10 +305,12 @@ fn bundle_log_entry(annotation: &str) -> Result<serde_json::Value, BundleError> 
     }))
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "it is passed to map_err")]
 fn malformed(error: impl ToString) -> BundleError {
     BundleError::Malformed(shorten(&error.to_string(), SHOWN_BYTES))
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "it is passed to map_err")]
 fn invalid(error: impl ToString) -> VerificationError {
     VerificationError(shorten(&error.to_string(), SHOWN_BYTES))
 }

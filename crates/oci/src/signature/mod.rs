@@ -1,9 +1,10 @@
 //! Verification of signatures and attestations, without I/O.
 //!
 //! ```text
+//! verification     the signatures of one artifact, one after another
 //! public_key       public keys and their algorithms
 //! simple_signing   the older format: a payload with its signature beside it
-//! sigstore_bundle  the newer format: a Sigstore bundle with a DSSE envelope
+//! sigstore_bundle  the newer format: a Sigstore bundle, over a statement or over the manifest itself
 //! ```
 //!
 //! A signature is valid if a demanded key or identity made it over the exact bytes, and these bytes
@@ -13,18 +14,24 @@
 pub mod public_key;
 pub mod sigstore_bundle;
 pub mod simple_signing;
+mod verification;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sigstore::{
     BundleError, IdentityPattern, SignatureBundle, TrustRoot, VerificationError, VerifiedSigner,
 };
 
 pub use public_key::{KeyError, PublicKey};
+pub use verification::SignatureVerification;
 
 use super::Digest;
+
+/// Maximum size of a signature in bytes: of a payload or a bundle. A bundle of a large bill of materials has megabytes.
+pub const MAXIMUM_SIGNATURE_BYTES: u64 = sigstore::MAXIMUM_BUNDLE_BYTES as u64;
 
 /// Version of the rules. Increase it to invalidate recorded results when the meaning of a valid
 /// signature changes.
@@ -109,14 +116,25 @@ pub enum FoundSignature {
     /// A payload with the signature of its annotation.
     Simple(SimpleSignature),
     /// A Sigstore bundle.
-    Bundle(Vec<u8>),
+    Bundle(Bundle),
+    /// A signature that is too large to be read, with its size in bytes.
+    Oversized(u64),
+}
+
+/// A Sigstore bundle, and what it may be a signature over.
+#[derive(Clone, Debug, Default)]
+pub struct Bundle {
+    /// JSON of the bundle.
+    pub json: Bytes,
+    /// Manifest or index that the signature may be over, if it is over no statement.
+    pub document: Option<Bytes>,
 }
 
 /// A payload, and the annotations of its layer.
 #[derive(Clone, Debug, Default)]
 pub struct SimpleSignature {
     /// Signed bytes of the payload.
-    pub payload: Vec<u8>,
+    pub payload: Bytes,
     /// Signature in base64.
     pub signature: String,
     /// Certificate of a keyless signature, as PEM.
@@ -140,6 +158,9 @@ pub struct AcceptedSignature {
 /// Reason why a signature is not valid. The last one is the closest to a valid signature.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum SignatureFlaw {
+    /// A signature that is too large to be read.
+    #[error("a signature of {0} bytes, which is more than {MAXIMUM_SIGNATURE_BYTES}")]
+    Oversized(u64),
     /// An unsupported or malformed signature.
     #[error("a signature in a format that is not understood")]
     Format,
@@ -185,16 +206,6 @@ pub struct UnmetDemand {
     pub signers: String,
 }
 
-impl FoundSignature {
-    /// Returns the size of what is signed, without annotations.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::Simple(signature) => signature.payload.len(),
-            Self::Bundle(bytes) => bytes.len(),
-        }
-    }
-}
-
 impl SignatureDemand {
     /// Demands a signature of one of these signers.
     pub fn signed_by(signers: Signers) -> Self {
@@ -209,19 +220,6 @@ impl SignatureDemand {
         // The mode does not affect whether a signature is valid.
         let text = format!("{RULES_VERSION} {:?} {}", self.format, statements.join("; "));
         Digest::of(text.as_bytes())
-    }
-
-    /// Returns the signatures that fulfil the demand, one for each statement.
-    ///
-    /// # Errors
-    ///
-    /// The first statement without a valid signature.
-    pub fn judge(
-        &self,
-        found: &[FoundSignature],
-        subjects: &[Digest],
-    ) -> Result<Vec<AcceptedSignature>, UnmetDemand> {
-        self.statements.iter().map(|statement| statement.judge(found, subjects)).collect()
     }
 }
 
@@ -238,33 +236,6 @@ impl StatementDemand {
             keys.push(format!("{:?} {:?}", self.predicate_type, self.annotations));
         }
         keys.join(" ")
-    }
-
-    /// Returns the first signature that is valid for this statement.
-    fn judge(
-        &self,
-        found: &[FoundSignature],
-        subjects: &[Digest],
-    ) -> Result<AcceptedSignature, UnmetDemand> {
-        let mut closest = None;
-        for signature in found {
-            let judged = match signature {
-                // The older format has no attestations.
-                FoundSignature::Simple(_) if self.predicate_type.is_some() => continue,
-                FoundSignature::Simple(signature) => {
-                    simple_signing::judge(signature, subjects, self)
-                }
-                FoundSignature::Bundle(bytes) => sigstore_bundle::judge(bytes, subjects, self),
-            };
-            match judged {
-                Ok(accepted) => return Ok(accepted),
-                // Signed, but it is another statement than this one.
-                Err(None) => {}
-                Err(flaw) => closest = closest.max(flaw),
-            }
-        }
-        let (flaw, predicate_type) = (closest, self.predicate_type.clone());
-        Err(UnmetDemand { flaw, predicate_type, signers: self.signers.to_string() })
     }
 
     /// Checks that a signature has the demanded annotations.

@@ -1,4 +1,7 @@
-//! cosign's newer format: a Sigstore bundle v0.3 with a DSSE envelope around an in-toto statement.
+//! The newer format: a Sigstore bundle.
+//!
+//! cosign and GitHub sign an in-toto statement in a DSSE envelope. sigstore-python, and all that signs files, signs
+//! the bytes of the manifest itself, which says nothing else: it has no annotations and is no attestation.
 //!
 //! With a public key, the signature suffices: the log entry and the timestamps are ignored. With a
 //! certificate, the crate `sigstore` verifies them.
@@ -11,11 +14,18 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use sigstore::{SignatureBundle, TrustRoot};
 
-use super::{AcceptedSignature, SignatureFlaw, StatementDemand};
+use super::{AcceptedSignature, Bundle, SignatureFlaw, StatementDemand};
 use crate::Digest;
 
-/// Media type of the layer, and artifact type if a registry keeps it.
+/// Media type of the newest version: of the JSON, of the layer, and artifact type if a registry keeps it.
 pub const MEDIA_TYPE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
+/// Media types of all versions. The third version has two.
+const MEDIA_TYPES: [&str; 4] = [
+    MEDIA_TYPE,
+    "application/vnd.dev.sigstore.bundle+json;version=0.3",
+    "application/vnd.dev.sigstore.bundle+json;version=0.2",
+    "application/vnd.dev.sigstore.bundle+json;version=0.1",
+];
 
 const PAYLOAD_TYPE: &str = "application/vnd.in-toto+json";
 /// Types of statements. cosign signs with the first and attests with the second.
@@ -32,6 +42,19 @@ struct SigstoreBundle {
     #[serde(default)]
     verification_material: VerificationMaterial,
     dsse_envelope: Option<DsseEnvelope>,
+    message_signature: Option<MessageSignature>,
+}
+
+#[derive(Deserialize)]
+struct MessageSignature {
+    signature: String,
+}
+
+/// The part of a bundle that says what the signature is over.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct BundleKind {
+    message_signature: Option<IgnoredAny>,
 }
 
 /// The certificates of a keyless signature, whose content does not matter here.
@@ -78,39 +101,93 @@ impl VerificationMaterial {
     }
 }
 
-/// Judges a bundle, or returns its flaw: none if it is another statement than the demanded one.
-pub(super) fn judge(
-    bundle: &[u8],
+/// Returns whether this is the media type of a bundle.
+pub fn is_media_type(name: &str) -> bool {
+    MEDIA_TYPES.contains(&name)
+}
+
+/// Returns whether a bundle may be a signature over the manifest itself.
+pub fn signs_document(json: &[u8]) -> bool {
+    serde_json::from_slice(json).is_ok_and(|kind: BundleKind| kind.message_signature.is_some())
+}
+
+/// Verifies a bundle, or returns its flaw: none if it is another statement than the demanded one.
+pub(super) fn verify(
+    bundle: &Bundle,
     subjects: &[Digest],
     demand: &StatementDemand,
 ) -> Result<AcceptedSignature, Option<SignatureFlaw>> {
     let parsed: SigstoreBundle =
-        serde_json::from_slice(bundle).map_err(|_| SignatureFlaw::Format)?;
-    let envelope = parsed.dsse_envelope.ok_or(SignatureFlaw::Format)?;
-    let [signature] = &envelope.signatures[..] else { return Err(Some(SignatureFlaw::Format)) };
-    if parsed.media_type != MEDIA_TYPE || envelope.payload_type != PAYLOAD_TYPE {
+        serde_json::from_slice(&bundle.json).map_err(|_| SignatureFlaw::Format)?;
+    if !is_media_type(&parsed.media_type) {
         return Err(Some(SignatureFlaw::Format));
     }
-    let payload = STANDARD.decode(&envelope.payload).map_err(|_| SignatureFlaw::Format)?;
-    let signature = STANDARD.decode(&signature.sig).map_err(|_| SignatureFlaw::Format)?;
-    let message = encoded_for_signing(&envelope.payload_type, &payload);
-    // The signature is verified before the payload is parsed.
-    if let Some(name) = demand.signers.key(&message, &signature) {
-        signed_subject(&payload, subjects, demand)?;
-        return Ok(AcceptedSignature { name: name.to_owned(), signer: None });
+    let by_identity = !demand.signers.identities.is_empty();
+    let is_keyless = by_identity && parsed.verification_material.has_certificate();
+    match (parsed.dsse_envelope, parsed.message_signature, &bundle.document) {
+        (Some(envelope), None, _) => {
+            let [signature] = &envelope.signatures[..] else {
+                return Err(Some(SignatureFlaw::Format));
+            };
+            if envelope.payload_type != PAYLOAD_TYPE {
+                return Err(Some(SignatureFlaw::Format));
+            }
+            let payload = decoded(&envelope.payload)?;
+            let message = encoded_for_signing(&envelope.payload_type, &payload);
+            // The signature is verified before the payload is parsed.
+            if let Some(accepted) = by_key(demand, &message, &signature.sig)? {
+                signed_subject(&payload, subjects, demand)?;
+                return Ok(accepted);
+            }
+            if !is_keyless {
+                return Err(Some(SignatureFlaw::Key));
+            }
+            drop((envelope, payload, message));
+            verify_keyless_statement(&bundle.json, subjects, demand)
+        }
+        (None, Some(_), Some(_)) if demand.predicate_type.is_some() => Err(None),
+        (None, Some(signed), Some(document)) => {
+            let accepted = match by_key(demand, document, &signed.signature)? {
+                Some(accepted) => accepted,
+                None if is_keyless => {
+                    let bundle =
+                        SignatureBundle::parse(&bundle.json).map_err(SignatureFlaw::Keyless)?;
+                    demand
+                        .signers
+                        .identity(&bundle, |root| bundle.verify_message(document, root))?
+                }
+                None => return Err(Some(SignatureFlaw::Key)),
+            };
+            if !subjects.contains(&Digest::of(document)) {
+                return Err(Some(SignatureFlaw::Subject));
+            }
+            demand.check_annotations(None)?;
+            Ok(accepted)
+        }
+        _ => Err(Some(SignatureFlaw::Format)),
     }
-    if demand.signers.identities.is_empty() || !parsed.verification_material.has_certificate() {
-        return Err(Some(SignatureFlaw::Key));
-    }
-    judge_keyless(bundle, subjects, demand)
 }
 
-fn judge_keyless(
-    bundle: &[u8],
+/// Returns the key that made a signature.
+fn by_key(
+    demand: &StatementDemand,
+    message: &[u8],
+    signature: &str,
+) -> Result<Option<AcceptedSignature>, SignatureFlaw> {
+    let name = demand.signers.key(message, &decoded(signature)?);
+    Ok(name.map(|name| AcceptedSignature { name: name.to_owned(), signer: None }))
+}
+
+fn decoded(base64: &str) -> Result<Vec<u8>, SignatureFlaw> {
+    STANDARD.decode(base64).map_err(|_| SignatureFlaw::Format)
+}
+
+fn verify_keyless_statement(
+    json: &[u8],
     subjects: &[Digest],
     demand: &StatementDemand,
 ) -> Result<AcceptedSignature, Option<SignatureFlaw>> {
-    let bundle = SignatureBundle::parse(bundle).map_err(SignatureFlaw::Keyless)?;
+    let bundle = SignatureBundle::parse(json).map_err(SignatureFlaw::Keyless)?;
     let payload = bundle.statement().ok_or(SignatureFlaw::Format)?;
     // What is read here is believed only after the verification, which compares the subject again.
     let subject = signed_subject(payload, subjects, demand)?;

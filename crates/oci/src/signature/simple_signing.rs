@@ -36,16 +36,16 @@ struct SignedImage {
     digest: String,
 }
 
-/// Judges a signature, or returns its flaw.
+/// Verifies a signature, or returns its flaw.
 ///
 /// The reference in the payload has no tag and may be a mirror's, so it is ignored.
-pub(super) fn judge(
+pub(super) fn verify(
     found: &SimpleSignature,
     subjects: &[Digest],
     demand: &StatementDemand,
 ) -> Result<AcceptedSignature, Option<SignatureFlaw>> {
     // The signature is verified before the payload is parsed.
-    let accepted = verify(found, demand)?;
+    let accepted = verify_payload(found, demand)?;
     let payload: SimplePayload =
         serde_json::from_slice(&found.payload).map_err(|_| SignatureFlaw::Format)?;
     if payload.critical.kind != TYPE {
@@ -60,7 +60,7 @@ pub(super) fn judge(
     Ok(accepted)
 }
 
-fn verify(
+fn verify_payload(
     found: &SimpleSignature,
     demand: &StatementDemand,
 ) -> Result<AcceptedSignature, SignatureFlaw> {

@@ -48,7 +48,7 @@ fn payload(digest: Digest, kind: &str) -> Vec<u8> {
 }
 
 fn simple(pair: &EcdsaKeyPair, payload: &[u8]) -> FoundSignature {
-    let (payload, signature) = (payload.to_vec(), sign(pair, payload));
+    let (payload, signature) = (Bytes::copy_from_slice(payload), sign(pair, payload));
     FoundSignature::Simple(SimpleSignature { payload, signature, ..SimpleSignature::default() })
 }
 
@@ -76,13 +76,29 @@ fn demand(keys: &[PublicKey]) -> SignatureDemand {
     SignatureDemand::signed_by(Signers { keys, ..Signers::default() })
 }
 
+fn found_bundle(json: impl Into<Bytes>) -> FoundSignature {
+    FoundSignature::Bundle(Bundle { json: json.into(), document: None })
+}
+
+fn verified(
+    demand: &SignatureDemand,
+    found: &[FoundSignature],
+    subjects: &[Digest],
+) -> Result<Vec<AcceptedSignature>, UnmetDemand> {
+    let mut verification = SignatureVerification::new(demand.clone(), subjects.to_vec());
+    for signature in found {
+        verification.add(signature);
+    }
+    verification.finish()
+}
+
 /// Returns the name of the key that made one of these signatures.
 fn judge(
     demand: &SignatureDemand,
     found: &[FoundSignature],
     subjects: &[Digest],
 ) -> Result<String, Option<SignatureFlaw>> {
-    let accepted = demand.judge(found, subjects).map_err(|unmet| unmet.flaw)?;
+    let accepted = verified(demand, found, subjects).map_err(|unmet| unmet.flaw)?;
     Ok(accepted[0].name.clone())
 }
 
@@ -92,7 +108,7 @@ fn both_formats_are_verified_and_name_the_key() {
     let demand = demand(&[other, key]);
     let subjects = [Digest::of(b"an index"), subject()];
     let simple = simple(&pair, &payload(subject(), TYPE));
-    let bundle = FoundSignature::Bundle(bundle(&pair, subject(), SIGNED).to_string().into_bytes());
+    let bundle = found_bundle(bundle(&pair, subject(), SIGNED).to_string().into_bytes());
     assert_eq!(judge(&demand, &[simple], &subjects), Ok("key-1".to_owned()));
     assert_eq!(judge(&demand, &[bundle], &subjects), Ok("key-1".to_owned()));
 }
@@ -116,10 +132,9 @@ fn invalid_signatures_have_different_flaws() {
     let FoundSignature::Simple(mut swapped) = simple(&pair, &payload(other, TYPE)) else {
         panic!()
     };
-    swapped.payload = payload(subject(), TYPE);
+    swapped.payload = payload(subject(), TYPE).into();
     assert_eq!(judge(FoundSignature::Simple(swapped)), Some(SignatureFlaw::Key));
-    let as_bundle =
-        |value: serde_json::Value| FoundSignature::Bundle(value.to_string().into_bytes());
+    let as_bundle = |value: serde_json::Value| found_bundle(value.to_string().into_bytes());
     assert_eq!(judge(as_bundle(bundle(&stranger, subject(), SIGNED))), Some(SignatureFlaw::Key));
     assert_eq!(judge(as_bundle(bundle(&pair, other, SIGNED))), Some(SignatureFlaw::Subject));
     // An attestation by the same key has another predicate.
@@ -157,6 +172,58 @@ fn ed25519_signs_the_message_itself() {
 }
 
 #[test]
+fn a_signature_over_the_manifest_itself_counts() {
+    let ((pair, key), (stranger, _)) = (pair(), pair());
+    let demand = demand(&[key]);
+    let document = Bytes::from_static(b"the artifact");
+    let signed = |pair: &EcdsaKeyPair| {
+        json!({"mediaType": sigstore_bundle::MEDIA_TYPE,
+            "verificationMaterial": {"publicKey": {"hint": "x"}},
+            "messageSignature": {"signature": sign(pair, &document),
+                "messageDigest": {"algorithm": "SHA2_256", "digest": STANDARD.encode(subject().as_bytes())}}})
+    };
+    let found = |bundle: &serde_json::Value, document: Option<&Bytes>| {
+        let json = Bytes::from(bundle.to_string());
+        assert!(sigstore_bundle::signs_document(&json));
+        [FoundSignature::Bundle(Bundle { json, document: document.cloned() })]
+    };
+    let valid = found(&signed(&pair), Some(&document));
+    assert_eq!(judge(&demand, &valid, &[subject()]), Ok("key-0".to_owned()));
+    assert_eq!(judge(&demand, &valid, &[Digest::of(b"x")]), Err(Some(SignatureFlaw::Subject)));
+    for (invalid, flaw) in [
+        (found(&signed(&stranger), Some(&document)), SignatureFlaw::Key),
+        (found(&signed(&pair), Some(&Bytes::from_static(b"another"))), SignatureFlaw::Key),
+        (found(&signed(&pair), None), SignatureFlaw::Format),
+    ] {
+        assert_eq!(judge(&demand, &invalid, &[subject()]), Err(Some(flaw)));
+    }
+    let mut both = bundle(&pair, subject(), SIGNED);
+    both["messageSignature"] = signed(&pair)["messageSignature"].clone();
+    let both = found(&both, Some(&document));
+    assert_eq!(judge(&demand, &both, &[subject()]), Err(Some(SignatureFlaw::Format)));
+    // It is no statement, so it attests nothing and has no annotations.
+    let of = |statement| SignatureDemand { statements: Arc::new([statement]), ..demand.clone() };
+    let signature = || demand.statements[0].clone();
+    let attestation =
+        of(StatementDemand { predicate_type: Some(PROVENANCE.to_owned()), ..signature() });
+    assert_eq!(judge(&attestation, &valid, &[subject()]), Err(None));
+    let annotated = of(StatementDemand {
+        annotations: [("env".to_owned(), "prod".to_owned())].into(),
+        ..signature()
+    });
+    let missing = SignatureFlaw::Annotation("env=prod".to_owned());
+    assert_eq!(judge(&annotated, &valid, &[subject()]), Err(Some(missing)));
+}
+
+#[test]
+fn a_signature_that_is_too_large_is_named() {
+    let (_, key) = pair();
+    let error = verified(&demand(&[key]), &[FoundSignature::Oversized(5 << 20)], &[subject()]);
+    let error = error.expect_err("it is not read").to_string();
+    assert!(error.contains("a signature of 5242880 bytes"), "{error}");
+}
+
+#[test]
 fn the_id_of_a_demand_depends_on_keys_and_format_only() {
     let ((_, one), (_, two)) = (pair(), pair());
     let base = demand(&[one.clone(), two.clone()]);
@@ -180,7 +247,7 @@ fn vector(path: &str) -> Vec<u8> {
 }
 
 fn provenance() -> FoundSignature {
-    FoundSignature::Bundle(vector("rekor2-dsse/bundle.sigstore.json"))
+    found_bundle(vector("rekor2-dsse/bundle.sigstore.json"))
 }
 
 fn instance(log: TransparencyLog) -> Arc<TrustRoot> {
@@ -211,8 +278,8 @@ fn an_attestation_of_an_identity_is_verified_and_names_its_signer() {
     let other = identity("https://accounts.google.com", ".*", Arc::clone(&ci.roots[0]));
     let subject = Digest::of(&vector("a.txt"));
     let demand = attested(Some(PROVENANCE), &[other, ci]);
-    let found = [FoundSignature::Bundle(b"{}".to_vec()), provenance()];
-    let accepted = demand.judge(&found, &[subject]).expect("valid");
+    let found = [found_bundle(b"{}".to_vec()), provenance()];
+    let accepted = verified(&demand, &found, &[subject]).expect("valid");
     let signer = accepted[0].signer.as_ref().expect("a signer");
     assert_eq!((&*accepted[0].name, &*signer.identity.issuer), ("ci", ISSUER));
     assert!(signer.identity.subject.starts_with(SIGNER) && signer.log_index.is_some());
@@ -229,18 +296,25 @@ fn a_keyless_statement_that_is_not_as_demanded_says_why() {
     let ci = identity(ISSUER, &format!("{SIGNER}/.*"), Arc::clone(&root));
     let subject = Digest::of(&vector("a.txt"));
     let refused = |demand: &SignatureDemand, subject| {
-        demand.judge(&[provenance()], &[subject]).expect_err("not as demanded").to_string()
+        verified(demand, &[provenance()], &[subject]).expect_err("not as demanded").to_string()
     };
     let stranger = identity(ISSUER, SIGNER, Arc::clone(&root));
     for (demand, expected) in [
         (attested(Some(PROVENANCE), &[stranger]), "for ci, the subject must match"),
-        (attested(Some("https://spdx.dev/Document"), &[ci.clone()]), "it has no attestation of"),
-        (attested(None, &[ci.clone()]), "it is not signed, and a signature is demanded"),
+        (
+            attested(Some("https://spdx.dev/Document"), std::slice::from_ref(&ci)),
+            "it has no attestation of",
+        ),
+        (
+            attested(None, std::slice::from_ref(&ci)),
+            "it is not signed, and a signature is demanded",
+        ),
     ] {
         let error = refused(&demand, subject);
         assert!(error.contains(expected) && error.contains("(identities: ci)"), "{error}");
     }
-    let of_other = refused(&attested(Some(PROVENANCE), &[ci.clone()]), Digest::of(b"another"));
+    let of_other =
+        refused(&attested(Some(PROVENANCE), std::slice::from_ref(&ci)), Digest::of(b"another"));
     assert!(of_other.contains("for another digest"), "{of_other}");
     // Keys do not sign with certificates, and the root of the logs decides.
     let (_, key) = pair();
@@ -272,13 +346,13 @@ fn all_that_is_demanded_must_be_there() {
         ..SignatureDemand::default()
     };
     let mut signed = bundle(&pair, subject, SIGNED);
-    let found = [FoundSignature::Bundle(signed.to_string().into_bytes()), provenance()];
+    let found = [found_bundle(signed.to_string().into_bytes()), provenance()];
     let demand = both([signature, attestation.clone()]);
-    assert_eq!(demand.judge(&found, &[subject]).expect("both").len(), 2);
-    let error = demand.judge(&found[..1], &[subject]).expect_err("one").to_string();
+    assert_eq!(verified(&demand, &found, &[subject]).expect("both").len(), 2);
+    let error = verified(&demand, &found[..1], &[subject]).expect_err("one").to_string();
     assert!(error.contains(PROVENANCE), "{error}");
     let demand = both([with_annotation, attestation]);
-    let error = demand.judge(&found, &[subject]).expect_err("no annotation").to_string();
+    let error = verified(&demand, &found, &[subject]).expect_err("no annotation").to_string();
     assert!(error.contains("without the annotation env=prod (keys: key-0)"), "{error}");
     let statement = json!({"_type": "https://in-toto.io/Statement/v1", "predicateType": SIGNED,
         "subject": [{"digest": {"sha256": subject.hex()}, "annotations": {"env": "prod"}}]})
@@ -287,8 +361,8 @@ fn all_that_is_demanded_must_be_there() {
     let message = format!("DSSEv1 {} {kind} {} {statement}", kind.len(), statement.len());
     signed["dsseEnvelope"]["payload"] = json!(STANDARD.encode(&statement));
     signed["dsseEnvelope"]["signatures"][0]["sig"] = json!(sign(&pair, message.as_bytes()));
-    let found = [FoundSignature::Bundle(signed.to_string().into_bytes()), provenance()];
-    assert!(demand.judge(&found, &[subject]).is_ok());
+    let found = [found_bundle(signed.to_string().into_bytes()), provenance()];
+    assert!(verified(&demand, &found, &[subject]).is_ok());
 }
 
 #[test]
@@ -332,14 +406,14 @@ proptest::proptest! {
         let (_, key) = pair();
         let demand = demand(&[key]);
         let found = [
-            FoundSignature::Bundle(bytes.clone()),
+            found_bundle(bytes.clone()),
             FoundSignature::Simple(SimpleSignature {
                 signature: STANDARD.encode(&bytes),
-                payload: bytes.clone(),
+                payload: bytes.clone().into(),
                 ..SimpleSignature::default()
             }),
         ];
-        proptest::prop_assert!(demand.judge(&found, &[subject()]).is_err());
+        proptest::prop_assert!(verified(&demand, &found, &[subject()]).is_err());
         let _ = PublicKey::from_pem(&bytes);
     }
 }

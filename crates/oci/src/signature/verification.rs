@@ -1,0 +1,70 @@
+//! The signatures of one artifact, verified one after another, so that no two must be in memory.
+
+use super::{
+    AcceptedSignature, FoundSignature, SignatureDemand, SignatureFlaw, StatementDemand,
+    UnmetDemand, sigstore_bundle, simple_signing,
+};
+use crate::Digest;
+
+/// What the signatures so far say about an artifact.
+#[derive(Clone, Debug)]
+pub struct SignatureVerification {
+    demand: SignatureDemand,
+    subjects: Vec<Digest>,
+    /// The result for each demanded statement: its signature, or the flaw that is the closest to one.
+    results: Vec<Result<AcceptedSignature, Option<SignatureFlaw>>>,
+}
+
+impl SignatureVerification {
+    /// Begins without signatures. One of any of the subjects counts.
+    pub fn new(demand: SignatureDemand, subjects: Vec<Digest>) -> Self {
+        let results = vec![Err(None); demand.statements.len()];
+        Self { demand, subjects, results }
+    }
+
+    /// Verifies one more signature. Returns whether all that is demanded is signed.
+    pub fn add(&mut self, found: &FoundSignature) -> bool {
+        for (statement, result) in self.demand.statements.iter().zip(&mut self.results) {
+            let Err(closest) = result else { continue };
+            match statement.verify(found, &self.subjects) {
+                Ok(accepted) => *result = Ok(accepted),
+                Err(flaw) => *closest = closest.take().max(flaw),
+            }
+        }
+        self.results.iter().all(Result::is_ok)
+    }
+
+    /// Returns the signature of each demanded statement.
+    ///
+    /// # Errors
+    ///
+    /// The first statement without a valid signature.
+    pub fn finish(self) -> Result<Vec<AcceptedSignature>, UnmetDemand> {
+        let results = self.demand.statements.iter().zip(self.results);
+        let finished = results.map(|(statement, result)| {
+            result.map_err(|flaw| UnmetDemand {
+                flaw,
+                predicate_type: statement.predicate_type.clone(),
+                signers: statement.signers.to_string(),
+            })
+        });
+        finished.collect()
+    }
+}
+
+impl StatementDemand {
+    /// Verifies a signature, or returns its flaw: none if it is of another statement.
+    fn verify(
+        &self,
+        found: &FoundSignature,
+        subjects: &[Digest],
+    ) -> Result<AcceptedSignature, Option<SignatureFlaw>> {
+        match found {
+            FoundSignature::Oversized(bytes) => Err(Some(SignatureFlaw::Oversized(*bytes))),
+            // The older format has no attestations.
+            FoundSignature::Simple(_) if self.predicate_type.is_some() => Err(None),
+            FoundSignature::Simple(signature) => simple_signing::verify(signature, subjects, self),
+            FoundSignature::Bundle(bundle) => sigstore_bundle::verify(bundle, subjects, self),
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! The search for signatures of an artifact in a registry.
+//!
+//! ```text
+//! legacy   the tag sha256-<hex>.sig: a manifest whose layers are payloads
+//! bundle   the referrers of the digest, or the index under the tag sha256-<hex>
+//! ```
+//!
+//! Signatures are fetched one at a time, when the one before was not enough. A registry is as untrusted here as with
+//! all else: the search is bounded in number and size, and what it finds counts when it is verified.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+
+use super::SizedBlob;
+use super::error::PullError;
+use super::pull_options::PullOptions;
+use super::small_blob::{self, Document};
+use oci::Digest;
+use oci::manifest::{
+    CERTIFICATE_ANNOTATION, Descriptor, ImageManifest, LOG_ENTRY_ANNOTATION, Manifest,
+    ManifestLimits, SIGNATURE_ANNOTATION, TIMESTAMP_ANNOTATION,
+};
+use oci::registry::{FetchedManifest, ManifestName, RegistryError, RepositoryClient};
+use oci::signature::{
+    Bundle, FoundSignature, MAXIMUM_SIGNATURE_BYTES, SignatureFormat, SimpleSignature,
+    sigstore_bundle, simple_signing,
+};
+
+/// Signatures that are read of one digest, in each format. More of them cost a node only time.
+const MAXIMUM_SIGNATURES: usize = 64;
+/// Bytes of all signatures that are read for one artifact.
+const MAXIMUM_READ_BYTES: u64 = 16 << 20;
+/// The maximum size of a bundle that has no payload, in bytes.
+const DETACHED_BYTES: u64 = 256 << 10;
+/// Memory of the descriptors of signatures that are still to be read, with their annotations.
+pub const KEPT_BYTES: u64 = 1 << 20;
+
+/// A search for the signatures of one artifact.
+pub struct SignatureSearch<'a> {
+    client: RepositoryClient<'a>,
+    options: PullOptions,
+    limits: ManifestLimits,
+    /// The work that is left. Earlier steps come first.
+    steps: VecDeque<Step>,
+    /// The bytes of signatures that were read so far.
+    read_bytes: u64,
+}
+
+/// A signature, with the memory that it takes as long as it is held.
+#[derive(Debug)]
+pub struct FetchedSignature {
+    /// The signature, of which nothing is verified.
+    pub signature: FoundSignature,
+    _blob: Option<Document>,
+    _document: Option<FetchedManifest>,
+}
+
+enum Step {
+    /// Looks at the tag of the older format.
+    Tag(Digest),
+    /// Reads one payload of the older format.
+    Payload(Box<Descriptor>),
+    /// Looks at the referrers.
+    Referrers(Digest),
+    /// Reads the bundle of a referrer.
+    Referrer { subject: Digest, manifest: Digest },
+}
+
+impl FetchedSignature {
+    fn oversized(bytes: u64) -> Self {
+        Self { signature: FoundSignature::Oversized(bytes), _blob: None, _document: None }
+    }
+
+    /// Returns the size of the signature, and of the document that it may be over.
+    pub(super) fn bytes(&self) -> u64 {
+        let length = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let bytes = match &self.signature {
+            FoundSignature::Simple(simple) => {
+                let SimpleSignature { payload, certificate, log_entry, timestamp, .. } = simple;
+                payload.len()
+                    + [certificate, log_entry, timestamp].map(length).iter().sum::<usize>()
+            }
+            FoundSignature::Bundle(Bundle { json, document }) => {
+                json.len() + document.as_ref().map_or(0, Bytes::len)
+            }
+            FoundSignature::Oversized(_) => 0,
+        };
+        bytes as u64
+    }
+}
+
+impl<'a> SignatureSearch<'a> {
+    /// Begins a search for signatures of these digests, in order.
+    pub fn new(
+        client: RepositoryClient<'a>,
+        options: PullOptions,
+        limits: ManifestLimits,
+        format: SignatureFormat,
+        subjects: &[Digest],
+    ) -> Self {
+        let mut steps = VecDeque::new();
+        for (number, subject) in subjects.iter().enumerate() {
+            if subjects[..number].contains(subject) {
+                continue;
+            }
+            if format != SignatureFormat::Bundle {
+                steps.push_back(Step::Tag(*subject));
+            }
+            if format != SignatureFormat::Legacy {
+                steps.push_back(Step::Referrers(*subject));
+            }
+        }
+        Self { client, options, limits, steps, read_bytes: 0 }
+    }
+
+    /// Returns the next signature; `None` if there are no more.
+    pub async fn next(&mut self) -> Result<Option<FetchedSignature>, PullError> {
+        while let Some(step) = self.steps.pop_front() {
+            let found = match step {
+                Step::Tag(subject) => {
+                    self.look_at_tag(subject).await?;
+                    None
+                }
+                Step::Payload(layer) => self.payload(*layer).await?,
+                Step::Referrers(subject) => {
+                    self.look_at_referrers(subject).await?;
+                    None
+                }
+                Step::Referrer { subject, manifest } => self.bundle(subject, manifest).await?,
+            };
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Puts steps before those that are left.
+    fn put_first(&mut self, steps: Vec<Step>) {
+        for step in steps.into_iter().rev() {
+            self.steps.push_front(step);
+        }
+    }
+
+    async fn look_at_tag(&mut self, subject: Digest) -> Result<(), PullError> {
+        let name = ManifestName::Tag(format!("sha256-{}.sig", subject.hex()));
+        let Some(manifest) = self.signature_manifest(&name).await? else { return Ok(()) };
+        let mut kept = 0;
+        let is_payload = |layer: &Descriptor| {
+            layer.media_type == simple_signing::MEDIA_TYPE
+                && layer.annotations.contains_key(SIGNATURE_ANNOTATION)
+        };
+        let fits = |layer: &Descriptor| {
+            kept += layer.annotations.values().map(String::len).sum::<usize>() as u64;
+            kept <= KEPT_BYTES
+        };
+        let layers = manifest.layers.into_iter().filter(is_payload).take(MAXIMUM_SIGNATURES);
+        let steps = layers.take_while(fits).map(|layer| Step::Payload(Box::new(layer)));
+        self.put_first(steps.collect());
+        Ok(())
+    }
+
+    async fn payload(&mut self, layer: Descriptor) -> Result<Option<FetchedSignature>, PullError> {
+        if layer.size > MAXIMUM_SIGNATURE_BYTES {
+            return Ok(Some(FetchedSignature::oversized(layer.size)));
+        }
+        let Some((payload, blob)) = self.blob(&layer).await? else { return Ok(None) };
+        let mut annotations = layer.annotations;
+        let mut annotation = |name| annotations.remove(name);
+        let signature = FoundSignature::Simple(SimpleSignature {
+            payload,
+            signature: annotation(SIGNATURE_ANNOTATION).unwrap_or_default(),
+            certificate: annotation(CERTIFICATE_ANNOTATION),
+            log_entry: annotation(LOG_ENTRY_ANNOTATION),
+            timestamp: annotation(TIMESTAMP_ANNOTATION),
+        });
+        Ok(Some(FetchedSignature { signature, _blob: blob, _document: None }))
+    }
+
+    async fn look_at_referrers(&mut self, subject: Digest) -> Result<(), PullError> {
+        let referrers = self.referrers(subject).await?.into_iter();
+        let step = |manifest| Step::Referrer { subject, manifest };
+        self.put_first(referrers.map(step).collect());
+        Ok(())
+    }
+
+    async fn bundle(
+        &mut self,
+        subject: Digest,
+        manifest: Digest,
+    ) -> Result<Option<FetchedSignature>, PullError> {
+        let Some(manifest) = self.signature_manifest(&ManifestName::Digest(manifest)).await? else {
+            return Ok(None);
+        };
+        let mut layers = manifest.layers.into_iter();
+        let layer = layers.find(|layer| sigstore_bundle::is_media_type(&layer.media_type));
+        let Some(layer) = layer else { return Ok(None) };
+        if layer.size > MAXIMUM_SIGNATURE_BYTES {
+            return Ok(Some(FetchedSignature::oversized(layer.size)));
+        }
+        let Some((json, blob)) = self.blob(&layer).await? else { return Ok(None) };
+        if !sigstore_bundle::signs_document(&json) {
+            let signature = FoundSignature::Bundle(Bundle { json, document: None });
+            return Ok(Some(FetchedSignature { signature, _blob: blob, _document: None }));
+        }
+        if layer.size > DETACHED_BYTES {
+            return Ok(Some(FetchedSignature::oversized(layer.size)));
+        }
+        // One document at a time is reserved. The bundle is within the memory that is kept.
+        drop(blob);
+        let document = self.client.manifest(&ManifestName::Digest(subject)).await?;
+        let bundle = Bundle { json, document: Some(document.bytes.clone()) };
+        let signature = FoundSignature::Bundle(bundle);
+        Ok(Some(FetchedSignature { signature, _blob: None, _document: Some(document) }))
+    }
+
+    /// Returns the referrers of a digest that may carry a signature, most likely first.
+    async fn referrers(&self, subject: Digest) -> Result<Vec<Digest>, PullError> {
+        let mut indexes = Vec::new();
+        let parse = |bytes: &[u8]| match Manifest::parse(bytes, None, self.limits) {
+            Ok(Manifest::Index(index)) => Some(index),
+            Ok(Manifest::Image(_)) | Err(_) => None,
+        };
+        if let Some(referrers) = self.client.referrers(subject).await? {
+            indexes.extend(referrers.pages.iter().filter_map(|page| parse(page)));
+        } else {
+            // The fallback of the distribution specification.
+            let name = ManifestName::Tag(format!("sha256-{}", subject.hex()));
+            match self.client.manifest(&name).await {
+                Ok(fetched) => indexes.extend(parse(&fetched.bytes)),
+                Err(RegistryError::NotFound { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let is_bundle = |descriptor: &Descriptor| {
+            descriptor.artifact_type.as_deref().is_some_and(sigstore_bundle::is_media_type)
+        };
+        // Some registries drop the artifact type. Then the layer of the referrer has it.
+        let may_be = |descriptor: &Descriptor| {
+            let kind = descriptor.artifact_type.as_deref();
+            is_bundle(descriptor) || kind.is_none_or(|kind| kind.contains("empty"))
+        };
+        let all = indexes.into_iter().flat_map(|index| index.manifests);
+        let mut found: Vec<_> = all.filter(may_be).collect();
+        found.sort_by_key(|descriptor| !is_bundle(descriptor));
+        found.truncate(MAXIMUM_SIGNATURES);
+        Ok(found.into_iter().map(|descriptor| descriptor.digest).collect())
+    }
+
+    /// Returns a manifest that carries signatures. One that is missing or malformed carries none.
+    async fn signature_manifest(
+        &self,
+        name: &ManifestName,
+    ) -> Result<Option<ImageManifest>, PullError> {
+        let fetched = match self.client.manifest(name).await {
+            Ok(fetched) => fetched,
+            Err(RegistryError::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        match Manifest::parse(&fetched.bytes, None, self.limits) {
+            Ok(Manifest::Image(manifest)) => Ok(Some(manifest)),
+            Ok(Manifest::Index(_)) | Err(_) => Ok(None),
+        }
+    }
+
+    /// Returns the content of a layer, if there are bytes left for it and the registry has it.
+    async fn blob(
+        &mut self,
+        layer: &Descriptor,
+    ) -> Result<Option<(Bytes, Option<Document>)>, PullError> {
+        self.read_bytes = self.read_bytes.saturating_add(layer.size);
+        if self.read_bytes > MAXIMUM_READ_BYTES {
+            return Ok(None);
+        }
+        if let Some(data) = &layer.data {
+            return Ok(Some((data.clone().into(), None)));
+        }
+        let blob = SizedBlob { digest: layer.digest, size: layer.size };
+        match small_blob::fetch(self.client, &self.options, blob).await {
+            Ok(document) => Ok(Some((document.bytes.clone(), Some(document)))),
+            Err(
+                PullError::Registry(RegistryError::NotFound { .. })
+                | PullError::BlobSize { .. }
+                | PullError::BlobDigest { .. },
+            ) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{INDEX, MANIFEST, TestRegistry, descriptor, image, index};
+    use super::*;
+    use oci::credentials::Credential;
+    use oci::registry::{Registry, RegistryOptions};
+
+    #[tokio::test]
+    async fn signatures_are_found_under_the_tag_and_among_the_referrers() {
+        let registry = TestRegistry::start().await;
+        let subject = Digest::of(b"subject");
+        let (signed, large) = (b"payload", vec![0; 5 << 20]);
+        let annotation = format!(
+            r#","annotations":{{"{SIGNATURE_ANNOTATION}":"c2ln","{CERTIFICATE_ANNOTATION}":"PEM"}}"#
+        );
+        for blob in [&signed[..], &large[..], &b"bundle"[..]] {
+            registry.blob("a", blob);
+        }
+        let layers = [&large[..], &signed[..]]
+            .map(|blob| descriptor(simple_signing::MEDIA_TYPE, blob, &annotation));
+        registry.manifest("a", &format!("sha256-{}.sig", subject.hex()), MANIFEST, &image(&layers));
+        let of_bundle = image(&[descriptor(sigstore_bundle::MEDIA_TYPE, b"bundle", "")]);
+        registry.manifest("a", "bundle", MANIFEST, &of_bundle);
+        let kind = format!(r#","artifactType":"{}""#, sigstore_bundle::MEDIA_TYPE);
+        let referrers = index(&[descriptor(MANIFEST, of_bundle.as_bytes(), &kind)]);
+        registry.manifest("a", &format!("sha256-{}", subject.hex()), INDEX, &referrers);
+        let client = Registry::new(RegistryOptions::default()).expect("a client");
+        let limits = unpack::Limits::default().manifest();
+        let reference = registry.reference("a");
+        let client = client.at(reference.repository(), &Credential::Anonymous);
+        let find = async |format| {
+            let options = PullOptions::default();
+            let mut search = SignatureSearch::new(client, options, limits, format, &[subject]);
+            let mut found = Vec::new();
+            while let Some(fetched) = search.next().await.expect("signatures") {
+                found.push(fetched.signature);
+            }
+            found
+        };
+        let found = find(SignatureFormat::Any).await;
+        let [
+            FoundSignature::Oversized(bytes),
+            FoundSignature::Simple(simple),
+            FoundSignature::Bundle(bundle),
+        ] = &found[..]
+        else {
+            panic!("{found:?}")
+        };
+        assert_eq!(
+            (&simple.payload[..], &*simple.signature, simple.certificate.as_deref()),
+            (&signed[..], "c2ln", Some("PEM"))
+        );
+        assert_eq!((*bytes, &bundle.json[..]), (large.len() as u64, &b"bundle"[..]));
+        let of_large = format!("blobs/{}", Digest::of(&large));
+        assert!(registry.seen(&of_large).is_empty(), "too large for a signature");
+        assert_eq!(find(SignatureFormat::Bundle).await.len(), 1);
+    }
+}
