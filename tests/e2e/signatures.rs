@@ -337,3 +337,33 @@ fn a_registry_with_endless_signatures_is_not_listened_to_for_ever() {
     let fetched = hostile.requests().iter().filter(|seen| seen.path.contains("/blobs/")).count();
     assert!(fetched <= 64, "{fetched} signatures were fetched");
 }
+
+#[test]
+fn no_more_than_a_few_large_signatures_are_read_one_after_another() {
+    const MEDIA_TYPE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
+    let folder = folder();
+    let signer = Cosign::new(folder.path(), "release");
+    let node = node_with(("release", &signer), ", format: Bundle");
+    let hostile = FakeRegistry::new();
+    let artifact = Manifest::artifact([Layer::titled("file", "x")]).push(&hostile, "hostile", "v1");
+    let config = hostile.put_blob(&b"{}"[..]);
+    let referrers: Vec<_> = (0..30_u32)
+        .map(|number| {
+            let bundle = format!("{number:02}").repeat(1 << 19);
+            let layer = json!({"mediaType": MEDIA_TYPE, "digest": hostile.put_blob(bundle.clone()),
+                "size": bundle.len()});
+            let manifest = json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "artifactType": MEDIA_TYPE,
+                "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": config, "size": 2},
+                "layers": [layer]});
+            let digest = hostile.put_json(&format!("signature-{number}"), &manifest);
+            json!({"mediaType": OCI_MANIFEST, "digest": digest, "size": manifest.to_string().len(),
+                "artifactType": MEDIA_TYPE})
+        })
+        .collect();
+    let index = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": referrers});
+    hostile.put_json(&artifact.replace(':', "-"), &index);
+    let volume = node.kubelet.new_volume(&hostile.reference("v1"));
+    node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+    let fetched = hostile.requests().iter().filter(|seen| seen.path.contains("/blobs/")).count();
+    assert_eq!(fetched, 16, "16 MiB of signatures are read");
+}

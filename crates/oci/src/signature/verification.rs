@@ -6,7 +6,7 @@ use super::{
 };
 use crate::Digest;
 
-/// What the signatures so far say about an artifact.
+/// The verdict of the signatures that were verified so far.
 #[derive(Clone, Debug)]
 pub struct SignatureVerification {
     demand: SignatureDemand,
