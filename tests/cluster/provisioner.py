@@ -122,9 +122,28 @@ class Evaluator(startup_taint.Evaluator):
         return " ".join(said for program, said in self.validations if not program.evaluate(context))
 
 
-def policy():
-    (found,) = [each for each in rendered() if each["kind"] == "ValidatingAdmissionPolicy"]
+def policy(**values):
+    (found,) = [each for each in rendered(**values) if each["kind"] == "ValidatingAdmissionPolicy"]
     return found["spec"]
+
+
+def secrets():
+    """A volume may name a secret of the namespaces whose secrets the controller may read."""
+    limited = Evaluator(policy(controller={"secretNamespaces": ["team", "shared"]}))
+    anywhere = Evaluator(policy())
+    for evaluator, reference, allowed in (
+        (limited, {"name": "a", "namespace": "team"}, True),
+        (limited, {"name": "a", "namespace": "shared"}, True),
+        (limited, {"name": "a", "namespace": "kube-system"}, False),
+        (limited, {"name": "a"}, False),
+        (anywhere, {"name": "a", "namespace": "kube-system"}, True),
+    ):
+        volume = changed(lambda volume, secret=reference: volume["spec"]["csi"].update(nodePublishSecretRef=secret))
+        said = evaluator.refusals("CREATE", volume)
+        if (not said) != allowed or (said and "a secret of team, shared only" not in said):
+            yield f"creating a volume with the secret {reference}: {said or 'allowed'}"
+    if limited.refusals("CREATE", VOLUME):
+        yield "a volume without a secret is refused"
 
 
 def provisioner():
@@ -146,6 +165,7 @@ def provisioner():
     for other in ("kubernetes-admin", ACCOUNT + "-2", "system:serviceaccount:other:csi-driver-oci-fleet"):
         if evaluator.is_for({"username": other}):
             yield f"the policy is for {other}"
+    yield from secrets()
     other = [each for each in rendered(driverName="oci.example.com") if each["kind"] == "ValidatingAdmissionPolicy"]
     if "oci.custom.io" in str(other) or "== 'oci.example.com'" not in str(other):
         yield "another driver's name is not in the policy"
