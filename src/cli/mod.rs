@@ -24,6 +24,7 @@ mod status_command;
 #[cfg(test)]
 mod tests;
 mod text_table;
+mod trust_command;
 mod verify_command;
 mod version_command;
 mod warm_command;
@@ -92,6 +93,12 @@ enum Command {
     Verify(verify_command::VerifyArguments),
     /// Validate a configuration file as `node` does at its start.
     CheckConfig(check_config::CheckConfigArguments),
+    /// Fetch and update trust roots, by which keyless signatures are verified.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  csi-driver-oci trust fetch --to trusted_root.json"
+    )]
+    Trust(trust_command::TrustCommand),
     /// Check whether pods of the cluster still use the driver.
     CheckUninstall(check_uninstall::CheckUninstallArguments),
     /// Print the `CustomResourceDefinition` objects, for `kubectl apply --server-side -f -`.
@@ -145,6 +152,7 @@ fn run(command: Command) -> Result<(), CommandError> {
         Command::Gc(arguments) => gc_command::run(&arguments),
         Command::Verify(arguments) => verify_command::run(&arguments),
         Command::CheckConfig(arguments) => check_config::run(&arguments),
+        Command::Trust(command) => trust_command::run(&command),
         Command::CheckUninstall(arguments) => check_uninstall::run(&arguments),
         Command::Crds => crds::run(),
         Command::Completions(arguments) => {

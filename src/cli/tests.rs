@@ -24,10 +24,19 @@ fn the_page_of_flags_is_up_to_date() {
     let mut page = HEADER.to_owned();
     let mut root = CommandLine::command();
     root.build();
-    for command in root.get_subcommands().filter(|command| command.get_name() != "help") {
+    for command in root.get_subcommands().flat_map(with_commands) {
         section(&mut page, command);
     }
     compare("docs/command-line.md", &page);
+}
+
+/// Returns the commands of a command, or the command if it has none. That for help has no section.
+fn with_commands(command: &Command) -> Vec<&Command> {
+    if command.get_name() == "help" {
+        return Vec::new();
+    }
+    let commands: Vec<_> = command.get_subcommands().flat_map(with_commands).collect();
+    if commands.is_empty() { vec![command] } else { commands }
 }
 
 #[test]
@@ -119,7 +128,8 @@ fn section(page: &mut String, command: &Command) {
     let about = command.get_about().map(ToString::to_string).unwrap_or_default();
     let usage =
         command.render_usage().to_string().replace("Usage: ", "").replace("\n       ", "\n");
-    let _ = write!(page, "\n## {}\n\n{}\n\n", command.get_name(), sentence(&about));
+    let name = command.get_bin_name().unwrap_or_default().replace("csi-driver-oci ", "");
+    let _ = write!(page, "\n## {name}\n\n{}\n\n", sentence(&about));
     let aliases: Vec<_> = command.get_visible_aliases().map(|name| format!("`{name}`")).collect();
     if !aliases.is_empty() {
         let _ = write!(page, "Other names: {}.\n\n", aliases.join(", "));

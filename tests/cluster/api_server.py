@@ -67,7 +67,7 @@ class Handler(ApiHandler):
                 place = place[folder]
             if change["op"] == "test" and place[last] != change["value"]:
                 return self.refuse(422, "Invalid")
-            if change["op"] == "replace":
+            if change["op"] in ("add", "replace"):
                 place[last] = change["value"]
         self.write(state)
         self.answer(200, state["objects"][path])

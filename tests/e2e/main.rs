@@ -66,5 +66,6 @@ mod stress;
 mod tls;
 mod tokens;
 mod tools;
+mod trust;
 mod tutorial;
 mod warm_list;

@@ -277,6 +277,7 @@ fn help_and_wrong_usage() {
     for command in commands() {
         typed.run(&[&command, "--help"]);
     }
+    typed.run(&["trust", "fetch", "--help"]);
     typed.run(&["warm"]);
     typed.run(&["gc", "--target", "much"]);
     typed.run(&["node"]);

@@ -115,6 +115,19 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- end }}
 {{- $names = append $names .name }}
 {{- end }}
+{{- $names = list }}
+{{- range .Values.trustRoots.instances }}
+{{- if has .name $names }}
+{{- fail (printf "trustRoots.instances has the name %s twice" .name) }}
+{{- end }}
+{{- $names = append $names .name }}
+{{- if ne (empty .url) (empty .root) }}
+{{- fail (printf "trustRoots.instances: %s needs both url and root, or neither" .name) }}
+{{- end }}
+{{- if and .url .instance }}
+{{- fail (printf "trustRoots.instances: %s has url and instance: set one of them" .name) }}
+{{- end }}
+{{- end }}
 {{- if and .Values.admissionPolicy.enabled (semverCompare "<1.28.0-0" .Capabilities.KubeVersion.Version) }}
 {{- fail (printf "admissionPolicy needs Kubernetes 1.28, and this is %s" .Capabilities.KubeVersion.Version) }}
 {{- end }}

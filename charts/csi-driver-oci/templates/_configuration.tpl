@@ -38,6 +38,33 @@ again by itself (config.policy, config.warm and the files beside) changes the ob
 {{- end }}
 {{- end }}
 
+{{/* The name of a CronJob has at most 52 characters. */}}
+{{- define "csi-driver-oci.trustRootsName" -}}
+{{- printf "%s-trust" (include "csi-driver-oci.fullname" . | trunc 46 | trimSuffix "-") }}
+{{- end }}
+
+{{/* The trust roots that the job fetches, as files of a container. */}}
+{{- define "csi-driver-oci.trustRootMounts" -}}
+{{- range .Values.trustRoots.instances }}
+- name: trust-{{ .name }}
+  mountPath: /etc/csi-driver-oci-trust/{{ .name }}
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "csi-driver-oci.trustRootVolumes" -}}
+{{- range .Values.trustRoots.instances }}
+- name: trust-{{ .name }}
+  configMap:
+    name: {{ include "csi-driver-oci.trustRootsName" $ }}-{{ .name }}
+    # The pod starts before the first trust root is there.
+    optional: true
+    items:
+      - key: trusted_root.json
+        path: trusted_root.json
+{{- end }}
+{{- end }}
+
 {{/*
 What of the node config.registries names: volume name -> path and type. A file is mounted by itself: its folder may be
 the kubelet's own, whose mounts a copy in this container would hold busy.

@@ -3,6 +3,7 @@
 //! ```text
 //! identity          the signer that a certificate names, and what a policy demands of it
 //! trust_root        one Sigstore instance: its authorities, logs and timestamp authorities
+//! trust_update      a newer trust root, from a TUF repository
 //! signature_bundle  one signature with its certificate and proofs, in two formats
 //! ring_provider     the cryptography of `sigstore-verify`, by ring
 //! strict_json       JSON without duplicate and unknown fields
@@ -13,6 +14,7 @@ mod ring_provider;
 pub mod signature_bundle;
 mod strict_json;
 pub mod trust_root;
+pub mod trust_update;
 
 pub use identity::{IdentityPattern, SignerIdentity, TextPattern};
 pub use signature_bundle::{
@@ -20,6 +22,7 @@ pub use signature_bundle::{
     VerifiedSigner,
 };
 pub use trust_root::{TransparencyLog, TrustRoot, TrustRootError};
+pub use trust_update::{SigstoreInstance, TrustUpdate, TrustUpdateError, update_trust_root};
 
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,7 @@ use std::{
     process::{Child, Stdio},
 };
 
-use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::batch::v1::{CronJob, Job};
 use serde_json::{Value, json};
 
 use super::{
@@ -17,9 +17,10 @@ use super::{
     only, rendered,
 };
 use crate::support::{
-    Authority, Layer, Manifest, Pod, Proxy, ending_with_this_thread, noise, own_registry, unique,
-    wait_until,
+    Authority, Layer, Manifest, Pod, Proxy, Release, TufRepository, ending_with_this_thread, noise,
+    own_registry, unique, wait_until,
 };
+use crate::trust::TRUST_ROOT;
 
 /// An API server with a few objects, and the files that a pod needs to reach it.
 struct ApiServer {
@@ -129,6 +130,45 @@ fn an_uninstall_is_refused_while_pods_use_the_driver() {
         });
     });
     assert!(checks(), "{}", machine.log(container));
+}
+
+#[test]
+fn the_job_of_the_chart_updates_a_trust_root_and_refuses_an_older_one() {
+    let mut machine = Machine::new();
+    let repository = TufRepository::start(TRUST_ROOT.as_bytes());
+    let path = "/api/v1/namespaces/csi-driver-oci/configmaps/csi-driver-oci-trust-team";
+    let server = ApiServer::start(json!({path: {"metadata": {"resourceVersion": "7"}}}));
+    machine.api = Some(server.access());
+    let root = fs::read_to_string(repository.first_root(machine.root.as_path())).expect("a root");
+    machine.files.insert("roots".to_owned(), [("team.json".to_owned(), root)].into());
+    let job = only(&rendered("chart")["trust-roots"], "CronJob").clone();
+    let job: CronJob = serde_json::from_value(job).expect("a job");
+    let job = job.spec.job_template.spec.expect("a job");
+    let pod = job.template.spec.expect("a pod");
+    let mut container = pod.containers[2].clone();
+    for argument in container.args.iter_mut().flatten() {
+        *argument = argument.replace("https://tuf.example.com", &repository.url());
+    }
+    let fetches = || {
+        let mut process = machine.start(&pod, &container, &Image::of_the_driver());
+        process.wait().expect("the job's end").success()
+    };
+    let data = || server.objects()[path]["data"].clone();
+    let first = repository.files();
+    repository.release(&Release::new(2, TRUST_ROOT.as_bytes()));
+    assert!(fetches(), "{}", machine.log(&container));
+    assert_eq!(data()["trusted_root.json"], TRUST_ROOT);
+    let seen = data();
+    repository.restore(first);
+    assert!(!fetches());
+    let log = machine.log(&container);
+    assert!(log.contains("rollback detected for timestamp"), "{log}");
+    assert_eq!(data(), seen);
+    server.change(|objects| *objects = json!({}));
+    assert!(!fetches());
+    let log = machine.log(&container);
+    let named = "there is no ConfigMap csi-driver-oci/csi-driver-oci-trust-team: create it first";
+    assert!(log.contains(named), "{log}");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use k8s_openapi::api::{
         ValidatingAdmissionPolicyBinding,
     },
     apps::v1::{DaemonSet, Deployment, StatefulSet},
-    batch::v1::Job,
+    batch::v1::{CronJob, Job},
     core::v1::{
         ConfigMap, Namespace, PersistentVolume, PersistentVolumeClaim, Pod, ResourceQuota, Secret,
         Service, ServiceAccount,
@@ -287,6 +287,7 @@ pub fn round_trip(name: &str, object: &Value) -> bool {
         "ClusterRole" => same::<ClusterRole>,
         "ClusterRoleBinding" => same::<ClusterRoleBinding>,
         "ConfigMap" => same::<ConfigMap>,
+        "CronJob" => same::<CronJob>,
         "CSIDriver" => same::<CSIDriver>,
         "ArtifactPreload" => same::<ArtifactPreload>,
         "DaemonSet" => same::<DaemonSet>,

@@ -116,6 +116,7 @@ rows! { "chart":
     // The API server is unreachable, which does not matter for pods.
     a_node_that_preloads_serves "fleet-default",
     a_node_that_preloads_beside_a_policy_serves "fleet",
+    a_node_before_its_first_trust_root_serves "trust-roots",
 }
 
 rows! { "kustomize":
@@ -144,7 +145,8 @@ fn every_row_is_started_by_a_test() {
             "provisioner",
             "registries",
             "sidecars",
-            "tainted-nodes"
+            "tainted-nodes",
+            "trust-roots"
         ],
         "a row without its test"
     );

@@ -196,7 +196,9 @@ pub fn files(pod: &PodSpec, objects: &[Value]) -> BTreeMap<String, BTreeMap<Stri
                 || serde_json::json!({"config.yaml": "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n"}),
                 |map| map["data"].clone(),
             );
-            files.insert(volume.name.clone(), serde_json::from_value(data).expect("texts"));
+            // The job that writes a map of the chart has not run yet.
+            let data: Option<_> = serde_json::from_value(data).expect("texts");
+            files.insert(volume.name.clone(), data.unwrap_or_default());
         }
         if let Some(source) = &volume.secret {
             let items = source.items.iter().flatten();

@@ -25,6 +25,7 @@ mod push;
 mod registry;
 mod sandbox;
 mod tree;
+mod tuf;
 
 use std::{
     future::Future,
@@ -58,6 +59,7 @@ pub use sandbox::{
     Sandbox, enter_network_namespace, mount_with_shifted_owners, mounts_at, mounts_under,
 };
 pub use tree::{Kind, Tree};
+pub use tuf::{PAST, Release, TufKey, TufRepository};
 
 /// Longer than any step takes on a busy machine: a test that waits this long has failed.
 const PATIENCE: Duration = Duration::from_mins(1);

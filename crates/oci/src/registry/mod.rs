@@ -28,6 +28,7 @@
 //! environment_proxy    proxies of the environment
 //! exchange_timeout     timeout of one exchange
 //! credential_refusals  refusals of several credentials for one request
+//! web_files            files of other servers, without credentials
 //! error                errors of registries
 //! ```
 //!
@@ -72,6 +73,7 @@ mod registry_endpoint;
 mod registry_request;
 mod response_source;
 mod tls;
+mod web_files;
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -96,6 +98,7 @@ pub use referrers::Referrers;
 pub use registry_endpoint::other_spellings;
 pub use registry_request::ManifestName;
 pub use response_source::AnsweredBy;
+pub use web_files::{WebAddress, WebFiles};
 
 use self::auth_cache::AuthCache;
 use self::blob_response::BlobPart;

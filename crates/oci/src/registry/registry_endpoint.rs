@@ -108,7 +108,8 @@ impl RegistryEndpoint {
         self.at(&format!("{}/{object}", repository.path()))
     }
 
-    fn at(&self, path: &str) -> Url {
+    /// Returns the URL of a path below the root.
+    pub(super) fn at(&self, path: &str) -> Url {
         let mut url = self.root.clone();
         url.set_path(&format!("{}{path}", self.root.path()));
         if let Some(namespace) = &self.namespace {
