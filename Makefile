@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench bench-models bench-preload lint check-release validate render fuzz site site-check tools
+.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix test-sigstore cluster crash bench bench-models bench-preload lint check-release validate render fuzz site site-check tools
 
 # For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
 SECONDS_PER_TARGET ?= 10
@@ -13,6 +13,7 @@ ROUNDS ?= 200
 EARLIER_COMMIT ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD^)
 # Arguments for `cargo test` and the benches: make test ARGUMENTS='--test e2e registration'
 ARGUMENTS ?=
+SIGSTORE_RECORDED := $(abspath $(or $(CARGO_TARGET_DIR),target))/sigstore/recorded
 TOOLS := $(abspath $(or $(CARGO_TARGET_DIR),target))/tools
 
 build:
@@ -50,6 +51,13 @@ test-cluster-long: tools
 # The same tests on other versions: hours. ROWS='crun' selects rows of scripts/cluster-matrix.
 test-cluster-matrix: tools
 	scripts/cluster-matrix "$(ROWS)"
+
+# Real clients sign at a private Sigstore instance, and the driver verifies that when the instance has ended.
+test-sigstore: tools
+	tests/sigstore/build
+	python3 tests/sigstore/record.py "$(SIGSTORE_RECORDED)"
+	SIGSTORE_RECORDED="$(SIGSTORE_RECORDED)" scripts/in-mount-namespace cargo test --workspace --locked \
+	    --features fault-points --test e2e -- keyless::
 
 # The driver is killed at random moments under load, so many times.
 crash: tools

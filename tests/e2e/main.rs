@@ -39,6 +39,7 @@ mod format;
 mod identity;
 mod images;
 mod isolation;
+mod keyless;
 mod layered_images;
 mod lifecycle;
 mod mirrors;

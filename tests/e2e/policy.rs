@@ -1,24 +1,12 @@
 //! Tests the administrator's rules on artifacts, namespaces and sizes.
 
-use std::fs;
-
 use tonic::Code;
 
-use crate::support::{
-    Layer, Manifest, Node, Pod, Volume, configuration_head, registry, small_artifact, unique,
-};
+use crate::support::{Layer, Manifest, Node, Pod, Volume, registry, small_artifact, unique};
 
 fn of(node: &Node, namespace: &str, reference: &str) -> Volume {
     let pod = Pod { namespace: namespace.to_owned(), ..Pod::new() };
     node.kubelet.inline(&pod, "artifact", reference)
-}
-
-/// Replaces the configuration as an editor would.
-fn configure(node: &Node, lines: &str) {
-    let path = node.sandbox.path().join("config.yaml");
-    let text = format!("{}{lines}", configuration_head());
-    fs::write(path.with_extension("new"), text).expect("the configuration");
-    fs::rename(path.with_extension("new"), path).expect("the configuration");
 }
 
 #[test]
@@ -64,9 +52,9 @@ fn a_digest_and_a_size_can_be_demanded() {
     assert!(message.contains("maxArtifactBytes"), "{message}");
     assert_eq!(node.proxy.fetches("/blobs/"), 1, "nothing of the large one was fetched");
     // Cached content is checked by the current rule.
-    configure(&node, "policy:\n  rules: []\n");
+    node.reconfigure("policy:\n  rules: []\n");
     let (volume, _) = node.mount(&too_large);
-    configure(&node, lines);
+    node.reconfigure(lines);
     let next = node.kubelet.new_volume(&too_large);
     node.kubelet.publish_badly(&next, Code::FailedPrecondition);
     node.kubelet.unpublish(&volume);
@@ -79,7 +67,7 @@ fn a_policy_with_an_unknown_key_fails_closed_and_unpublishing_works() {
     let reference = node.proxy.reference(&artifact.name);
     let (mounted, _) = node.mount(&reference);
     // A bad change keeps the last good policy ...
-    configure(&node, "policy:\n  default: Allow\n  ruls: []\n");
+    node.reconfigure("policy:\n  default: Allow\n  ruls: []\n");
     let (second, _) = node.mount(&reference);
     node.kubelet.unpublish(&second);
     assert!(node.driver.log().contains("ruls"), "the mistake is logged");
@@ -98,7 +86,7 @@ fn a_changed_policy_counts_at_the_next_publish() {
     let node = Node::start_configured(|_| {}, "policy:\n  default: Allow\n");
     let reference = node.proxy.reference(&artifact.name);
     let (mounted, _) = node.mount(&reference);
-    configure(&node, "policy:\n  default: Deny\n");
+    node.reconfigure("policy:\n  default: Deny\n");
     node.kubelet.publish_badly(&node.kubelet.new_volume(&reference), Code::FailedPrecondition);
     // A mounted volume stays, also when the kubelet publishes it again.
     node.kubelet.publish_well(&mounted);

@@ -148,12 +148,12 @@ def main():
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         folder = pathlib.Path(name)
         with Issuer(folder) as issuer:
-            with Instance(folder / "one", issuer) as instance:
-                record(instance, into)
             # One after the other: a port of the timestamp authority is fixed.
             with Instance(folder / "other", issuer) as instance:
                 Recorder(instance, into).cosign("sign", "other", *NEWER)
                 shutil.copy(instance.folder / "trusted_root.json", into / "other_root.json")
+            with Instance(folder / "one", issuer) as instance:
+                record(instance, into)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,15 @@ impl Node {
         })
     }
 
+    /// Replaces the configuration of [`Self::start_configured`], as an editor would.
+    #[track_caller]
+    pub fn reconfigure(&self, lines: &str) {
+        let path = self.sandbox.path().join("config.yaml");
+        fs::write(path.with_extension("new"), format!("{}{lines}", configuration_head()))
+            .expect("the configuration");
+        fs::rename(path.with_extension("new"), path).expect("the configuration");
+    }
+
     /// Starts a node with containerd's directory of registries, `certs.d` in the sandbox.
     #[track_caller]
     pub fn start_with_hosts(lines: &str) -> Self {
