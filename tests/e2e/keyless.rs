@@ -163,10 +163,15 @@ fn refuses(node: &Node, reference: &str) -> String {
 
 /// Runs `check` with the policy of a node.
 fn check(node: &Node, reference: &str) -> Output {
+    check_with(node, reference, &[])
+}
+
+fn check_with(node: &Node, reference: &str, arguments: &[&str]) -> Output {
     let mut check = tool(env!("CARGO_BIN_EXE_csi-driver-oci"));
     clean_environment(&mut check);
     let config = node.sandbox.path().join("config.yaml");
     check.args(["check", reference, "--output", "json", "--policy", "--config"]).arg(config);
+    check.args(arguments);
     check.output().expect("the binary")
 }
 
@@ -178,6 +183,7 @@ fn signatures_of_every_client_count_and_say_who_signed() {
     let (node, admin) = node_with(&signature);
     for (client, policy) in [
         ("cosign", &signature),
+        ("python", &signature),
         ("attached-log", &signature),
         ("attached-timestamp", &without_log),
         ("cosign-attest", &provenance),
@@ -373,10 +379,39 @@ fn changed_bundles_are_refused_with_their_reason() {
         bundle.to_string().replace("\"tlogEntries\":", "\"tlogEntries\":[],\"tlogEntries\":");
     let message = refused(None, &twice);
     assert!(message.contains("twice"), "{message}");
-    let large = changed(&bundle, "/dsseEnvelope/payload", json!("A".repeat(300 << 10)));
+    let large = changed(&bundle, "/dsseEnvelope/payload", json!("A".repeat(5 << 20)));
     let message = refused(None, &large.to_string());
     assert!(message.contains("not signed"), "{message}");
     assert_eq!(node.proxy.fetches(&digest(CONTENT.as_bytes())), 0, "nothing was fetched");
+}
+
+#[test]
+fn a_bundle_in_a_file_counts_like_one_beside_the_artifact() {
+    let recording = Recording::new();
+    let (signature, provenance) = (recording.policy(), recording.provenance_policy());
+    let (node, _) = node_with(&signature);
+    let repository = unique("keyless");
+    recording.push(registry(), &repository);
+    let reference = node.proxy.reference(&format!("{repository}:v1"));
+    let (path, another) = (node.sandbox.path().join("bundles"), small_artifact());
+    let another = node.proxy.reference(&another.name);
+    // A line each, as `gh attestation download` writes them.
+    let lines = ["cosign", "python-attest"]
+        .map(|client| recording.json(&format!("{client}/layer.json")).to_string());
+    for (bundles, policy) in [
+        (recording.text("cosign/layer.json"), &signature),
+        (recording.text("python/layer.json"), &signature),
+        (recording.text("cosign-attest/layer.json"), &provenance),
+        (lines.join("\n"), &provenance),
+    ] {
+        fs::write(&path, bundles).expect("a file");
+        set_policy(&node, policy);
+        let with_bundle = ["--bundle", path.to_str().expect("a path")];
+        assert!(!check(&node, &reference).status.success());
+        let checked = check_with(&node, &reference, &with_bundle);
+        assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+        assert!(!check_with(&node, &another, &with_bundle).status.success());
+    }
 }
 
 #[test]
@@ -384,9 +419,12 @@ fn a_signature_of_another_artifact_is_refused() {
     let recording = Recording::new();
     let (node, _) = node_with(&recording.policy());
     let artifact = small_artifact();
-    push_bundle(&artifact.repository, &artifact.digest, &recording.text("cosign/layer.json"));
-    let message = refuses(&node, &node.proxy.reference(&artifact.name));
-    assert!(message.contains("for another digest"), "{message}");
+    for (client, expected) in [("cosign", "for another digest"), ("python", "is not valid")] {
+        let bundle = recording.text(&format!("{client}/layer.json"));
+        push_bundle(&artifact.repository, &artifact.digest, &bundle);
+        let message = refuses(&node, &node.proxy.reference(&artifact.name));
+        assert!(message.contains(expected), "{client}: {message}");
+    }
     // The same in the attached form.
     let artifact = small_artifact();
     for blob in ["config", "layer"] {
