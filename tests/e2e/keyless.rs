@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use tonic::Code;
 
 use crate::support::{
-    Admin, Answer, Contents, FakeRegistry, Layer, Manifest, Node, OCI_INDEX, OCI_MANIFEST, Sandbox,
-    clean_environment, configuration_head, descriptor, digest, push_index, put_json, registry,
-    small_artifact, tool, unique,
+    Admin, Answer, Contents, FakeRegistry, Layer, Manifest, Node, OCI_INDEX, OCI_MANIFEST, Proxy,
+    Sandbox, clean_environment, configuration_head, descriptor, digest, preload_cluster::Cluster,
+    push_index, put_json, registry, small_artifact, tool, unique,
 };
 
 const BUNDLE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
@@ -518,4 +518,27 @@ fn warm_verifies_before_it_fetches_and_warn_only_warns() {
     admin.text(&["warm", &signed]);
     node.proxy.go_down();
     mounts(&node, &signed);
+}
+
+#[test]
+fn a_preload_is_verified_before_nodes_fetch() {
+    let recording = Recording::new();
+    let mut cluster = Cluster::new(&["one"]);
+    let _controller = cluster.controller();
+    let node = cluster.options("one").configuration(&configuration(&recording.policy()));
+    cluster.drivers.push(node.start());
+    let proxy = Proxy::new(registry());
+    let preload = |name: &str, client: &str, reason: &str| {
+        let reference = proxy.reference(&recording.signed(client));
+        cluster.preload(name, json!({"reference": reference, "backoffLimit": 0}));
+        cluster.wait_for(name, reason);
+    };
+    preload("attested", "cosign-attest", "NodesFailed");
+    let failed = cluster.status("attested")["failedNodes"][0].clone();
+    let message = failed["message"].as_str().expect("a message");
+    assert!(message.contains("it is not signed"), "{failed}");
+    let fetches = || proxy.fetches(&digest(CONTENT.as_bytes()));
+    assert_eq!(fetches(), 0, "nothing was fetched");
+    preload("signed", "cosign", "Ready");
+    assert_eq!(fetches(), 1);
 }
