@@ -115,6 +115,7 @@ class Recorder:
         content = json.loads(manifest)
         (layer,) = content["layers"]
         folder = self.into / repository
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / "manifest.json").write_bytes(manifest)
         for name, descriptor in (("config.json", content["config"]), ("layer.json", layer)):
@@ -143,8 +144,6 @@ def record(instance, into):
 def main():
     into = pathlib.Path(sys.argv[1]).resolve()
     into.mkdir(parents=True, exist_ok=True)
-    for old in into.glob("*/"):
-        shutil.rmtree(old)
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         folder = pathlib.Path(name)
         with Issuer(folder) as issuer:
