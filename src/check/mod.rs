@@ -21,7 +21,7 @@ use oci::manifest::{
 };
 use oci::registry::{ManifestName, Refusals, Registry, RepositoryClient};
 use oci::signature::{
-    AcceptedSignature, Bundle, FoundSignature, SignatureDemand, SignatureFormat,
+    AcceptedSignature, Bundle, FoundSignature, SignatureDemand, SignatureFormat, SignatureMode,
     SignatureVerification, sigstore_bundle,
 };
 use oci::{Digest, Platform, Reference};
@@ -97,6 +97,11 @@ pub enum SignatureStatus {
     Verified {
         /// The signature for each demanded statement.
         by: Vec<AcceptedSignature>,
+    },
+    /// It is not signed as demanded, and the policy only warns.
+    Warned {
+        /// What was demanded and found.
+        reason: String,
     },
     /// Nothing says who must have signed it.
     Unverified {
@@ -322,6 +327,7 @@ impl ArtifactReader<'_> {
                 }
             });
         };
+        let mode = demand.mode;
         let mut verification = SignatureVerification::new(demand, subjects.to_vec());
         if check.bundles.is_empty() {
             while let Some(found) = search.next().await? {
@@ -343,7 +349,12 @@ impl ArtifactReader<'_> {
                 add(Some(document.bytes.clone()));
             }
         }
-        let by = verification.finish().map_err(PullError::Signature)?;
-        Ok(SignatureStatus::Verified { by })
+        match (verification.finish(), mode) {
+            (Ok(by), _) => Ok(SignatureStatus::Verified { by }),
+            (Err(unmet), SignatureMode::Warn) => {
+                Ok(SignatureStatus::Warned { reason: unmet.to_string() })
+            }
+            (Err(unmet), SignatureMode::Enforce) => Err(PullError::Signature(unmet)),
+        }
     }
 }

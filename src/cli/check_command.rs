@@ -144,6 +144,7 @@ fn lines(report: &CheckReport) -> Vec<String> {
                     by.iter().map(AcceptedSignature::to_string).collect::<Vec<_>>().join("; ")
                 )
             }
+            SignatureStatus::Warned { reason } => format!("the policy only warns: {reason}"),
             SignatureStatus::Unverified { count: 0 } => "not signed".to_owned(),
             SignatureStatus::Unverified { count } => format!("{count} signatures, not verified"),
             SignatureStatus::Unknown { .. } => "signatures unknown".to_owned(),

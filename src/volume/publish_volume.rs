@@ -26,7 +26,7 @@ use super::target_lock::TargetTurn;
 use super::volume_attributes::{VolumeArtifact, VolumeAttributes};
 use super::{NodeContent, TargetPath, VolumeManager, VolumeMounter, unpublish_volume};
 use oci::Digest;
-use oci::signature::SignatureMode;
+use oci::signature::{SignatureMode, SignedObject};
 use policy::{PolicyDemands, PolicyRequest};
 use pull::{CompositeError, PlacedWant, PullError};
 use store::gc::Want;
@@ -542,7 +542,9 @@ fn still_fulfils(
         demands.maximum_bytes.is_none_or(|limit| shown.bytes <= limit)
             && demands.signature.as_ref().is_none_or(|demand| {
                 demand.mode == SignatureMode::Warn
-                    || signatures.contains(repository, shown.manifest, demand.id())
+                    || [SignedObject::Manifest, SignedObject::AnyIndex].iter().any(|signed| {
+                        signatures.contains(repository, shown.manifest, demand.id(*signed))
+                    })
             })
     });
     shown.len() == attributes.artifacts.len() && pairs.all(|fulfils| fulfils)

@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use tonic::Code;
 
@@ -381,7 +383,18 @@ fn changed_bundles_are_refused_with_their_reason() {
     assert!(message.contains("twice"), "{message}");
     let large = changed(&bundle, "/dsseEnvelope/payload", json!("A".repeat(5 << 20)));
     let message = refused(None, &large.to_string());
-    assert!(message.contains("not signed"), "{message}");
+    assert!(message.contains("the most is 4194304"), "{message}");
+    // A statement of few bytes that would take hundreds of megabytes when it is parsed.
+    let annotations = format!("{{\"a\":[{}0]}}", "{\"\":{\"\":0}},".repeat(200_000));
+    let statement = format!(
+        "{{\"_type\":\"https://in-toto.io/Statement/v1\",\"predicateType\":\"https://sigstore.dev/cosign/sign/v1\",\
+         \"subject\":[{{\"digest\":{{\"sha256\":\"{}\"}},\"annotations\":{annotations}}}]}}",
+        digest(recording.text("artifact.json").as_bytes()).trim_start_matches("sha256:")
+    );
+    let payload = STANDARD.encode(statement);
+    let message =
+        refused(None, &changed(&bundle, "/dsseEnvelope/payload", json!(payload)).to_string());
+    assert!(message.contains("bytes of memory"), "{message}");
     assert_eq!(node.proxy.fetches(&digest(CONTENT.as_bytes())), 0, "nothing was fetched");
 }
 

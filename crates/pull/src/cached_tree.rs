@@ -5,6 +5,7 @@
 
 use super::Puller;
 use super::artifact_request::{PullPolicy, Want};
+use super::signature_verification;
 use store::object_name::ObjectName;
 use store::{Tree, TreeKey};
 
@@ -35,7 +36,7 @@ impl Puller {
             return None;
         }
         let is_verified = want.signature.as_ref().is_none_or(|demand| {
-            store.verified_signatures().contains(repository, manifest, demand.id())
+            signature_verification::is_verified(store, repository, known.digests, demand)
         });
         let fits = || resolver.known.check_bytes(want, manifest).is_ok();
         (is_verified && fits()).then_some(key)

@@ -23,18 +23,19 @@ use oci::manifest::{
 };
 use oci::registry::{FetchedManifest, ManifestName, RegistryError, RepositoryClient};
 use oci::signature::{
-    Bundle, FoundSignature, MAXIMUM_SIGNATURE_BYTES, SignatureFormat, SimpleSignature,
-    sigstore_bundle, simple_signing,
+    Bundle, FoundSignature, SignatureFormat, SimpleSignature, sigstore_bundle, simple_signing,
 };
 
-/// Signatures that are read of one digest, in each format. More of them cost a node only time.
-const MAXIMUM_SIGNATURES: usize = 64;
+/// Signatures that are read of one digest, in each format.
+const MAXIMUM_SIGNATURES: usize = 256;
 /// Bytes of all signatures that are read for one artifact.
-const MAXIMUM_READ_BYTES: u64 = 16 << 20;
-/// The maximum size of a bundle that has no payload, in bytes.
-const DETACHED_BYTES: u64 = 256 << 10;
-/// Memory of the descriptors of signatures that are still to be read, with their annotations.
-pub const KEPT_BYTES: u64 = 1 << 20;
+const MAXIMUM_READ_BYTES: u64 = 64 << 20;
+/// The maximum size of a bundle in bytes. One of a large bill of materials has megabytes.
+const MAXIMUM_BUNDLE_BYTES: u64 = oci::signature::MAXIMUM_BUNDLE_BYTES as u64;
+/// The maximum size of a payload and of a bundle without one, in bytes.
+const MAXIMUM_SMALL_BYTES: u64 = 64 << 10;
+/// Memory of what is still to be read, with its annotations, and of a bundle without payload.
+pub const KEPT_BYTES: u64 = 128 << 10;
 
 /// A search for the signatures of one artifact.
 pub struct SignatureSearch<'a> {
@@ -45,6 +46,8 @@ pub struct SignatureSearch<'a> {
     steps: VecDeque<Step>,
     /// The bytes of signatures that were read so far.
     read_bytes: u64,
+    /// The reason that not all signatures are read, told at the end.
+    unread: Option<String>,
 }
 
 /// A signature, with the memory that it takes as long as it is held.
@@ -57,19 +60,54 @@ pub struct FetchedSignature {
 }
 
 enum Step {
-    /// Looks at the tag of the older format.
-    Tag(Digest),
+    /// Looks at the tag of the older format, from this layer on.
+    Tag { subject: Digest, from: usize },
     /// Reads one payload of the older format.
-    Payload(Box<Descriptor>),
+    Payload(Box<PayloadLayer>),
     /// Looks at the referrers.
     Referrers(Digest),
     /// Reads the bundle of a referrer.
     Referrer { subject: Digest, manifest: Digest },
 }
 
+/// What is needed of a layer of the older format.
+struct PayloadLayer {
+    blob: SizedBlob,
+    data: Option<Vec<u8>>,
+    /// The signature with its proofs. The payload is still missing.
+    signature: SimpleSignature,
+}
+
+impl PayloadLayer {
+    /// Returns nothing for a layer without a signature.
+    fn new(mut layer: Descriptor) -> Option<Self> {
+        let mut annotation = |name| layer.annotations.remove(name);
+        let signature = SimpleSignature {
+            signature: annotation(SIGNATURE_ANNOTATION)?,
+            certificate: annotation(CERTIFICATE_ANNOTATION),
+            log_entry: annotation(LOG_ENTRY_ANNOTATION),
+            timestamp: annotation(TIMESTAMP_ANNOTATION),
+            ..SimpleSignature::default()
+        };
+        let blob = SizedBlob { digest: layer.digest, size: layer.size };
+        Some(Self { blob, data: layer.data, signature })
+    }
+
+    fn kept_bytes(&self) -> u64 {
+        let SimpleSignature { signature, certificate, log_entry, timestamp, .. } = &self.signature;
+        let texts = [certificate, log_entry, timestamp].into_iter().flatten().chain([signature]);
+        let texts: usize = texts.map(String::len).sum();
+        (size_of::<Self>() + texts + self.data.as_ref().map_or(0, Vec::len)) as u64
+    }
+}
+
 impl FetchedSignature {
-    fn oversized(bytes: u64) -> Self {
-        Self { signature: FoundSignature::Oversized(bytes), _blob: None, _document: None }
+    fn unread(reason: String) -> Self {
+        Self { signature: FoundSignature::Unread(reason), _blob: None, _document: None }
+    }
+
+    fn oversized(bytes: u64, most: u64) -> Self {
+        Self::unread(format!("one has {bytes} bytes, and the most is {most}"))
     }
 
     /// Returns the size of the signature, and of the document that it may be over.
@@ -84,7 +122,7 @@ impl FetchedSignature {
             FoundSignature::Bundle(Bundle { json, document }) => {
                 json.len() + document.as_ref().map_or(0, Bytes::len)
             }
-            FoundSignature::Oversized(_) => 0,
+            FoundSignature::Unread(_) => 0,
         };
         bytes as u64
     }
@@ -105,21 +143,21 @@ impl<'a> SignatureSearch<'a> {
                 continue;
             }
             if format != SignatureFormat::Bundle {
-                steps.push_back(Step::Tag(*subject));
+                steps.push_back(Step::Tag { subject: *subject, from: 0 });
             }
             if format != SignatureFormat::Legacy {
                 steps.push_back(Step::Referrers(*subject));
             }
         }
-        Self { client, options, limits, steps, read_bytes: 0 }
+        Self { client, options, limits, steps, read_bytes: 0, unread: None }
     }
 
     /// Returns the next signature; `None` if there are no more.
     pub async fn next(&mut self) -> Result<Option<FetchedSignature>, PullError> {
         while let Some(step) = self.steps.pop_front() {
             let found = match step {
-                Step::Tag(subject) => {
-                    self.look_at_tag(subject).await?;
+                Step::Tag { subject, from } => {
+                    self.look_at_tag(subject, from).await?;
                     None
                 }
                 Step::Payload(layer) => self.payload(*layer).await?,
@@ -133,7 +171,7 @@ impl<'a> SignatureSearch<'a> {
                 return Ok(found);
             }
         }
-        Ok(None)
+        Ok(self.unread.take().map(FetchedSignature::unread))
     }
 
     /// Puts steps before those that are left.
@@ -143,38 +181,48 @@ impl<'a> SignatureSearch<'a> {
         }
     }
 
-    async fn look_at_tag(&mut self, subject: Digest) -> Result<(), PullError> {
+    async fn look_at_tag(&mut self, subject: Digest, from: usize) -> Result<(), PullError> {
         let name = ManifestName::Tag(format!("sha256-{}.sig", subject.hex()));
         let Some(manifest) = self.signature_manifest(&name).await? else { return Ok(()) };
-        let mut kept = 0;
-        let is_payload = |layer: &Descriptor| {
-            layer.media_type == simple_signing::MEDIA_TYPE
-                && layer.annotations.contains_key(SIGNATURE_ANNOTATION)
-        };
-        let fits = |layer: &Descriptor| {
-            kept += layer.annotations.values().map(String::len).sum::<usize>() as u64;
-            kept <= KEPT_BYTES
-        };
-        let layers = manifest.layers.into_iter().filter(is_payload).take(MAXIMUM_SIGNATURES);
-        let steps = layers.take_while(fits).map(|layer| Step::Payload(Box::new(layer)));
-        self.put_first(steps.collect());
+        let is_payload = |layer: &Descriptor| layer.media_type == simple_signing::MEDIA_TYPE;
+        let layers = manifest.layers.into_iter().filter(is_payload);
+        let layers = layers.filter_map(PayloadLayer::new).enumerate().skip(from);
+        let (mut steps, mut kept) = (Vec::new(), 0);
+        for (number, layer) in layers {
+            if number >= MAXIMUM_SIGNATURES {
+                self.count_unread();
+                break;
+            }
+            kept += layer.kept_bytes();
+            // The rest is read when these are done. One may be as large as a descriptor can be.
+            if kept > KEPT_BYTES && !steps.is_empty() {
+                steps.push(Step::Tag { subject, from: number });
+                break;
+            }
+            steps.push(Step::Payload(Box::new(layer)));
+        }
+        self.put_first(steps);
         Ok(())
     }
 
-    async fn payload(&mut self, layer: Descriptor) -> Result<Option<FetchedSignature>, PullError> {
-        if layer.size > MAXIMUM_SIGNATURE_BYTES {
-            return Ok(Some(FetchedSignature::oversized(layer.size)));
+    /// Remembers that there are more signatures than are read.
+    fn count_unread(&mut self) {
+        self.unread = Some(format!(
+            "there are more than {MAXIMUM_SIGNATURES} of one digest, remove those that nobody needs"
+        ));
+    }
+
+    async fn payload(
+        &mut self,
+        layer: PayloadLayer,
+    ) -> Result<Option<FetchedSignature>, PullError> {
+        let PayloadLayer { blob, data, mut signature } = layer;
+        if blob.size > MAXIMUM_SMALL_BYTES {
+            return Ok(Some(FetchedSignature::oversized(blob.size, MAXIMUM_SMALL_BYTES)));
         }
-        let Some((payload, blob)) = self.blob(&layer).await? else { return Ok(None) };
-        let mut annotations = layer.annotations;
-        let mut annotation = |name| annotations.remove(name);
-        let signature = FoundSignature::Simple(SimpleSignature {
-            payload,
-            signature: annotation(SIGNATURE_ANNOTATION).unwrap_or_default(),
-            certificate: annotation(CERTIFICATE_ANNOTATION),
-            log_entry: annotation(LOG_ENTRY_ANNOTATION),
-            timestamp: annotation(TIMESTAMP_ANNOTATION),
-        });
+        let Some((payload, blob)) = self.blob(blob, data).await? else { return Ok(None) };
+        signature.payload = payload;
+        let signature = FoundSignature::Simple(signature);
         Ok(Some(FetchedSignature { signature, _blob: blob, _document: None }))
     }
 
@@ -190,22 +238,23 @@ impl<'a> SignatureSearch<'a> {
         subject: Digest,
         manifest: Digest,
     ) -> Result<Option<FetchedSignature>, PullError> {
-        let Some(manifest) = self.signature_manifest(&ManifestName::Digest(manifest)).await? else {
-            return Ok(None);
-        };
-        let mut layers = manifest.layers.into_iter();
-        let layer = layers.find(|layer| sigstore_bundle::is_media_type(&layer.media_type));
-        let Some(layer) = layer else { return Ok(None) };
-        if layer.size > MAXIMUM_SIGNATURE_BYTES {
-            return Ok(Some(FetchedSignature::oversized(layer.size)));
+        // Of a manifest only the bundle's descriptor is held while the bundle is fetched.
+        let layer = self.signature_manifest(&ManifestName::Digest(manifest)).await?;
+        let layers = layer.map(|manifest| manifest.layers).unwrap_or_default();
+        let is_bundle = |layer: &Descriptor| sigstore_bundle::is_media_type(&layer.media_type);
+        let layer = layers.into_iter().find(is_bundle);
+        let Some(Descriptor { digest, size, data, .. }) = layer else { return Ok(None) };
+        if size > MAXIMUM_BUNDLE_BYTES {
+            return Ok(Some(FetchedSignature::oversized(size, MAXIMUM_BUNDLE_BYTES)));
         }
-        let Some((json, blob)) = self.blob(&layer).await? else { return Ok(None) };
+        let blob = SizedBlob { digest, size };
+        let Some((json, blob)) = self.blob(blob, data).await? else { return Ok(None) };
         if !sigstore_bundle::signs_document(&json) {
             let signature = FoundSignature::Bundle(Bundle { json, document: None });
             return Ok(Some(FetchedSignature { signature, _blob: blob, _document: None }));
         }
-        if layer.size > DETACHED_BYTES {
-            return Ok(Some(FetchedSignature::oversized(layer.size)));
+        if size > MAXIMUM_SMALL_BYTES {
+            return Ok(Some(FetchedSignature::oversized(size, MAXIMUM_SMALL_BYTES)));
         }
         // One document at a time is reserved. The bundle is within the memory that is kept.
         drop(blob);
@@ -216,7 +265,7 @@ impl<'a> SignatureSearch<'a> {
     }
 
     /// Returns the referrers of a digest that may carry a signature, most likely first.
-    async fn referrers(&self, subject: Digest) -> Result<Vec<Digest>, PullError> {
+    async fn referrers(&mut self, subject: Digest) -> Result<Vec<Digest>, PullError> {
         let mut indexes = Vec::new();
         let parse = |bytes: &[u8]| match Manifest::parse(bytes, None, self.limits) {
             Ok(Manifest::Index(index)) => Some(index),
@@ -244,7 +293,10 @@ impl<'a> SignatureSearch<'a> {
         let all = indexes.into_iter().flat_map(|index| index.manifests);
         let mut found: Vec<_> = all.filter(may_be).collect();
         found.sort_by_key(|descriptor| !is_bundle(descriptor));
-        found.truncate(MAXIMUM_SIGNATURES);
+        if found.len() > MAXIMUM_SIGNATURES {
+            self.count_unread();
+            found.truncate(MAXIMUM_SIGNATURES);
+        }
         Ok(found.into_iter().map(|descriptor| descriptor.digest).collect())
     }
 
@@ -267,16 +319,19 @@ impl<'a> SignatureSearch<'a> {
     /// Returns the content of a layer, if there are bytes left for it and the registry has it.
     async fn blob(
         &mut self,
-        layer: &Descriptor,
+        blob: SizedBlob,
+        data: Option<Vec<u8>>,
     ) -> Result<Option<(Bytes, Option<Document>)>, PullError> {
-        self.read_bytes = self.read_bytes.saturating_add(layer.size);
-        if self.read_bytes > MAXIMUM_READ_BYTES {
+        if self.read_bytes.saturating_add(blob.size) > MAXIMUM_READ_BYTES {
+            self.unread = Some(format!(
+                "they have more than {MAXIMUM_READ_BYTES} bytes, remove those that nobody needs"
+            ));
             return Ok(None);
         }
-        if let Some(data) = &layer.data {
-            return Ok(Some((data.clone().into(), None)));
+        self.read_bytes += blob.size;
+        if let Some(data) = data {
+            return Ok(Some((data.into(), None)));
         }
-        let blob = SizedBlob { digest: layer.digest, size: layer.size };
         match small_blob::fetch(self.client, &self.options, blob).await {
             Ok(document) => Ok(Some((document.bytes.clone(), Some(document)))),
             Err(
@@ -330,7 +385,7 @@ mod tests {
         };
         let found = find(SignatureFormat::Any).await;
         let [
-            FoundSignature::Oversized(bytes),
+            FoundSignature::Unread(reason),
             FoundSignature::Simple(simple),
             FoundSignature::Bundle(bundle),
         ] = &found[..]
@@ -341,7 +396,8 @@ mod tests {
             (&simple.payload[..], &*simple.signature, simple.certificate.as_deref()),
             (&signed[..], "c2ln", Some("PEM"))
         );
-        assert_eq!((*bytes, &bundle.json[..]), (large.len() as u64, &b"bundle"[..]));
+        assert_eq!(&bundle.json[..], b"bundle");
+        assert!(reason.contains("5242880 bytes"), "{reason}");
         let of_large = format!("blobs/{}", Digest::of(&large));
         assert!(registry.seen(&of_large).is_empty(), "too large for a signature");
         assert_eq!(find(SignatureFormat::Bundle).await.len(), 1);

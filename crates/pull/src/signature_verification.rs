@@ -22,12 +22,15 @@ use super::signature_search::{KEPT_BYTES, SignatureSearch};
 use super::single_flight::Outcome;
 use oci::manifest::ManifestLimits;
 use oci::registry::Registry;
-use oci::signature::{AcceptedSignature, SignatureDemand, SignatureMode, SignatureVerification};
+use oci::signature::{
+    AcceptedSignature, FoundSignature, SignatureDemand, SignatureMode, SignatureVerification,
+    SignedObject,
+};
+use oci::{Digest, Repository};
 use store::Store;
 
-/// Memory for each byte of a signature while it is verified. A list of packages took 13, a statement about very many
-/// subjects 20.
-const BYTES_PER_SIGNATURE_BYTE: u64 = 20;
+/// Memory for each byte of a signature while it is found out how much a verification takes.
+const BYTES_PER_SIGNATURE_BYTE: u64 = 3;
 
 /// Makes sure that manifests have the signatures that volumes demand.
 pub(super) struct SignatureVerifier {
@@ -40,13 +43,26 @@ pub(super) struct SignatureVerifier {
     pub(super) observer: Arc<dyn Observer>,
 }
 
+/// Returns whether a verdict is kept: of the manifest itself, or of the index that it is chosen from here. Blocking.
+pub(super) fn is_verified(
+    store: &Store,
+    repository: &Repository,
+    digests: ResolvedDigests,
+    demand: &SignatureDemand,
+) -> bool {
+    let ResolvedDigests { top, manifest } = digests;
+    let verdicts = store.verified_signatures();
+    let is_kept = |signed| verdicts.contains(repository, manifest, demand.id(signed));
+    is_kept(SignedObject::Manifest) || top != manifest && is_kept(SignedObject::Index(top))
+}
+
 impl SignatureVerifier {
     /// Makes sure that a manifest has the signatures that the volume demands.
     pub(super) async fn verify(&self, want: &Want, resolved: &Resolved) -> Outcome<()> {
         let Some(demand) = &want.signature else { return Ok(()) };
         let (store, repository) = (self.store.clone(), want.reference.repository().clone());
-        let (manifest, id) = (resolved.digests.manifest, demand.id());
-        let known = move || Ok(store.verified_signatures().contains(&repository, manifest, id));
+        let (digests, of) = (resolved.digests, demand.clone());
+        let known = move || Ok(is_verified(&store, &repository, digests, &of));
         if blocking(known).await.map_err(Arc::new)? {
             return Ok(());
         }
@@ -73,9 +89,21 @@ impl SignatureVerifier {
         for signer in &signed_by {
             tracing::info!(reference = %want.reference, %manifest, signer, "its signature was verified");
         }
-        let (store, repository, id) = (self.store.clone(), repository.clone(), demand.id());
-        let keep =
-            move || Ok(store.verified_signatures().put(&repository, manifest, id, signed_by)?);
+        let by_index = accepted.iter().any(|signature| signature.digest != manifest);
+        let signed = if by_index {
+            vec![SignedObject::Index(resolved.digests.top), SignedObject::AnyIndex]
+        } else {
+            vec![SignedObject::Manifest]
+        };
+        let ids: Vec<Digest> = signed.into_iter().map(|signed| demand.id(signed)).collect();
+        let (store, repository) = (self.store.clone(), repository.clone());
+        let keep = move || {
+            let verdicts = store.verified_signatures();
+            for id in ids {
+                verdicts.put(&repository, manifest, id, signed_by.clone())?;
+            }
+            Ok(())
+        };
         blocking(keep).await.map_err(Arc::new)
     }
 
@@ -98,6 +126,18 @@ impl SignatureVerifier {
         while let Some(found) = search.next().await.map_err(Arc::new)? {
             let bytes = found.bytes().saturating_mul(BYTES_PER_SIGNATURE_BYTE);
             let memory = computations.memory_of(tenant, bytes).await.map_err(Arc::new)?;
+            let count = move || {
+                let _memory = memory;
+                let bytes = found.signature.verification_bytes();
+                Ok((found, bytes))
+            };
+            let (mut found, bytes) = blocking(count).await.map_err(Arc::new)?;
+            let most = computations.budget.most();
+            if bytes > most {
+                let reason = format!("one takes {bytes} bytes of memory, and pulls have {most}");
+                found.signature = FoundSignature::Unread(reason);
+            }
+            let memory = computations.memory_of(tenant, bytes.min(most)).await.map_err(Arc::new)?;
             let verify = move || {
                 let _memory = memory;
                 let is_met = verification.add(&found.signature);

@@ -5,11 +5,13 @@
 //! trust_root        one Sigstore instance: its authorities, logs and timestamp authorities
 //! trust_update      a newer trust root, from a TUF repository
 //! signature_bundle  one signature with its certificate and proofs, in two formats
+//! memory            what a verification takes at most
 //! ring_provider     the cryptography of `sigstore-verify`, by ring
 //! strict_json       JSON without duplicate and unknown fields
 //! ```
 
 pub mod identity;
+pub mod memory;
 mod ring_provider;
 pub mod signature_bundle;
 mod strict_json;

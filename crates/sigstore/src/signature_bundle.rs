@@ -16,11 +16,13 @@ use text::printable::shorten;
 
 use super::identity::SignerIdentity;
 use super::trust_root::TrustRoot;
-use super::{ring_provider, strict_json};
+use super::{memory, ring_provider, strict_json};
 
 /// The maximum size of a bundle in bytes. Certificate and proofs have about 10 KiB; the payload may be an attestation
 /// with a bill of materials.
 pub const MAXIMUM_BUNDLE_BYTES: usize = 4 << 20;
+/// The maximum size of all but the payload in bytes.
+pub(crate) const MAXIMUM_PROOF_BYTES: usize = 128 << 10;
 /// The maximum number of log entries, of timestamps and of certificates. Each is verified; tools write one of each.
 const MAXIMUM_PROOFS: usize = 8;
 /// The maximum size of a log's checkpoint in bytes. Each of its signatures may be verified.
@@ -168,6 +170,9 @@ impl SignatureBundle {
             return Err(BundleError::Size("bytes"));
         }
         strict_json::check(json, Some(FIELDS)).map_err(malformed)?;
+        if json.len() - memory::payload(json).len() > MAXIMUM_PROOF_BYTES {
+            return Err(BundleError::Size("bytes of proofs"));
+        }
         Self::new(serde_json::from_slice(json).map_err(malformed)?)
     }
 

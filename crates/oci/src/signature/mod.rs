@@ -26,16 +26,14 @@ use sigstore::{
 };
 
 pub use public_key::{KeyError, PublicKey};
+pub use sigstore::MAXIMUM_BUNDLE_BYTES;
 pub use verification::SignatureVerification;
 
 use super::Digest;
 
-/// Maximum size of a signature in bytes: of a payload or a bundle. A bundle of a large bill of materials has megabytes.
-pub const MAXIMUM_SIGNATURE_BYTES: u64 = sigstore::MAXIMUM_BUNDLE_BYTES as u64;
-
 /// Version of the rules. Increase it to invalidate recorded results when the meaning of a valid
 /// signature changes.
-const RULES_VERSION: u32 = 1;
+const RULES_VERSION: u32 = 2;
 
 /// Signatures and attestations that an artifact must have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -110,6 +108,17 @@ pub enum SignatureFormat {
     Bundle,
 }
 
+/// The object whose signature fulfils a demand for a manifest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SignedObject {
+    /// The manifest itself, through whatever index it is chosen.
+    Manifest,
+    /// The index from which the manifest was chosen. Another index may give the manifest to another platform.
+    Index(Digest),
+    /// One that is not known any more. It is enough for a volume that shows the manifest already.
+    AnyIndex,
+}
+
 /// A signature found in the registry.
 #[derive(Clone, Debug)]
 pub enum FoundSignature {
@@ -117,8 +126,8 @@ pub enum FoundSignature {
     Simple(SimpleSignature),
     /// A Sigstore bundle.
     Bundle(Bundle),
-    /// A signature that is too large to be read, with its size in bytes.
-    Oversized(u64),
+    /// A signature that was not read, with the reason.
+    Unread(String),
 }
 
 /// A Sigstore bundle, and what it may be a signature over.
@@ -148,6 +157,8 @@ pub struct SimpleSignature {
 /// The valid signature of a demanded statement.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct AcceptedSignature {
+    /// Digest that was signed: of the manifest, or of its index.
+    pub digest: Digest,
     /// Name of the key or the identity in the configuration.
     pub name: String,
     /// Signer of a keyless signature.
@@ -158,9 +169,6 @@ pub struct AcceptedSignature {
 /// Reason why a signature is not valid. The last one is the closest to a valid signature.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum SignatureFlaw {
-    /// A signature that is too large to be read.
-    #[error("a signature of {0} bytes, which is more than {MAXIMUM_SIGNATURE_BYTES}")]
-    Oversized(u64),
     /// An unsupported or malformed signature.
     #[error("a signature in a format that is not understood")]
     Format,
@@ -178,6 +186,9 @@ pub enum SignatureFlaw {
         /// Part that is not as the last of the demanded identities has it.
         reason: String,
     },
+    /// A signature that was not read.
+    #[error("not every signature was read: {0}")]
+    Unread(String),
     /// A certificate of a demanded identity without the proofs that it is one.
     #[error("the signature that names {found} is not valid: {reason}")]
     Proof {
@@ -213,12 +224,17 @@ impl SignatureDemand {
         Self { statements: Arc::new([statement]), ..Self::default() }
     }
 
-    /// Returns an identifier of the demand, under which verification results are recorded.
-    pub fn id(&self) -> Digest {
+    /// Returns an identifier of the demand, under which results for a manifest are recorded.
+    pub fn id(&self, signed: SignedObject) -> Digest {
         let statements: Vec<String> =
             self.statements.iter().map(StatementDemand::id_text).collect();
         // The mode does not affect whether a signature is valid.
-        let text = format!("{RULES_VERSION} {:?} {}", self.format, statements.join("; "));
+        let signed = match signed {
+            SignedObject::Manifest => String::new(),
+            SignedObject::Index(digest) => format!(" {digest}"),
+            SignedObject::AnyIndex => " index".to_owned(),
+        };
+        let text = format!("{RULES_VERSION} {:?} {}{signed}", self.format, statements.join("; "));
         Digest::of(text.as_bytes())
     }
 }
@@ -266,9 +282,10 @@ impl Signers {
         keys.find(|key| key.key.verifies(message, signature)).map(|key| &*key.name)
     }
 
-    /// Verifies a keyless signature that names a demanded identity.
+    /// Verifies a keyless signature of this digest that names a demanded identity.
     fn identity(
         &self,
+        digest: Digest,
         bundle: &SignatureBundle,
         verify: impl Fn(&TrustRoot) -> Result<VerifiedSigner, VerificationError>,
     ) -> Result<AcceptedSignature, SignatureFlaw> {
@@ -285,7 +302,8 @@ impl Signers {
             for root in &**roots {
                 match verify(root) {
                     Ok(signer) => {
-                        return Ok(AcceptedSignature { name: name.clone(), signer: Some(signer) });
+                        let (name, signer) = (name.clone(), Some(signer));
+                        return Ok(AcceptedSignature { digest, name, signer });
                     }
                     Err(error) => {
                         let reason = error.to_string();

@@ -135,9 +135,9 @@ pub(super) fn verify(
             let payload = decoded(&envelope.payload)?;
             let message = encoded_for_signing(&envelope.payload_type, &payload);
             // The signature is verified before the payload is parsed.
-            if let Some(accepted) = by_key(demand, &message, &signature.sig)? {
-                signed_subject(&payload, subjects, demand)?;
-                return Ok(accepted);
+            if let Some(name) = key_of(demand, &message, &signature.sig)? {
+                let digest = signed_subject(&payload, subjects, demand)?;
+                return Ok(AcceptedSignature { digest, name, signer: None });
             }
             if !is_keyless {
                 return Err(Some(SignatureFlaw::Key));
@@ -147,18 +147,19 @@ pub(super) fn verify(
         }
         (None, Some(_), Some(_)) if demand.predicate_type.is_some() => Err(None),
         (None, Some(signed), Some(document)) => {
-            let accepted = match by_key(demand, document, &signed.signature)? {
-                Some(accepted) => accepted,
+            let digest = Digest::of(document);
+            let accepted = match key_of(demand, document, &signed.signature)? {
+                Some(name) => AcceptedSignature { digest, name, signer: None },
                 None if is_keyless => {
                     let bundle =
                         SignatureBundle::parse(&bundle.json).map_err(SignatureFlaw::Keyless)?;
                     demand
                         .signers
-                        .identity(&bundle, |root| bundle.verify_message(document, root))?
+                        .identity(digest, &bundle, |root| bundle.verify_message(document, root))?
                 }
                 None => return Err(Some(SignatureFlaw::Key)),
             };
-            if !subjects.contains(&Digest::of(document)) {
+            if !subjects.contains(&digest) {
                 return Err(Some(SignatureFlaw::Subject));
             }
             demand.check_annotations(None)?;
@@ -168,14 +169,13 @@ pub(super) fn verify(
     }
 }
 
-/// Returns the key that made a signature.
-fn by_key(
+/// Returns the name of the key that made a signature.
+fn key_of(
     demand: &StatementDemand,
     message: &[u8],
     signature: &str,
-) -> Result<Option<AcceptedSignature>, SignatureFlaw> {
-    let name = demand.signers.key(message, &decoded(signature)?);
-    Ok(name.map(|name| AcceptedSignature { name: name.to_owned(), signer: None }))
+) -> Result<Option<String>, SignatureFlaw> {
+    Ok(demand.signers.key(message, &decoded(signature)?).map(str::to_owned))
 }
 
 fn decoded(base64: &str) -> Result<Vec<u8>, SignatureFlaw> {
@@ -192,7 +192,7 @@ fn verify_keyless_statement(
     // What is read here is believed only after the verification, which compares the subject again.
     let subject = signed_subject(payload, subjects, demand)?;
     let verify = |root: &TrustRoot| bundle.verify_statement(subject, root);
-    Ok(demand.signers.identity(&bundle, verify)?)
+    Ok(demand.signers.identity(subject, &bundle, verify)?)
 }
 
 /// Returns the digest that a statement is about, if it is a demanded one.

@@ -51,28 +51,30 @@ pub(super) fn verify(
     if payload.critical.kind != TYPE {
         return Err(Some(SignatureFlaw::Format));
     }
-    let signed: Digest =
+    let digest: Digest =
         payload.critical.image.digest.parse().map_err(|_| SignatureFlaw::Format)?;
-    if !subjects.contains(&signed) {
+    if !subjects.contains(&digest) {
         return Err(Some(SignatureFlaw::Subject));
     }
     demand.check_annotations(payload.optional.as_ref())?;
-    Ok(accepted)
+    Ok(AcceptedSignature { digest, ..accepted })
 }
 
+/// Verifies the bytes of the payload. What they say is not known yet: the returned digest is theirs.
 fn verify_payload(
     found: &SimpleSignature,
     demand: &StatementDemand,
 ) -> Result<AcceptedSignature, SignatureFlaw> {
     let SimpleSignature { payload, signature, certificate, log_entry, timestamp } = found;
     let bytes = STANDARD.decode(signature.trim()).map_err(|_| SignatureFlaw::Format)?;
+    let digest = Digest::of(payload);
     if let Some(name) = demand.signers.key(payload, &bytes) {
-        return Ok(AcceptedSignature { name: name.to_owned(), signer: None });
+        return Ok(AcceptedSignature { digest, name: name.to_owned(), signer: None });
     }
     let certificate = certificate.as_deref().filter(|_| !demand.signers.identities.is_empty());
     let certificate = certificate.ok_or(SignatureFlaw::Key)?;
     let (log_entry, timestamp) = (log_entry.as_deref(), timestamp.as_deref());
     let attached = AttachedSignature { signature, certificate, log_entry, timestamp };
     let bundle = SignatureBundle::attached(attached).map_err(SignatureFlaw::Keyless)?;
-    demand.signers.identity(&bundle, |root| bundle.verify_message(payload, root))
+    demand.signers.identity(digest, &bundle, |root| bundle.verify_message(payload, root))
 }

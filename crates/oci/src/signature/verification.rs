@@ -1,8 +1,8 @@
 //! The signatures of one artifact, verified one after another, so that no two must be in memory.
 
 use super::{
-    AcceptedSignature, FoundSignature, SignatureDemand, SignatureFlaw, StatementDemand,
-    UnmetDemand, sigstore_bundle, simple_signing,
+    AcceptedSignature, Bundle, FoundSignature, SignatureDemand, SignatureFlaw, SimpleSignature,
+    StatementDemand, UnmetDemand, sigstore_bundle, simple_signing,
 };
 use crate::Digest;
 
@@ -52,6 +52,25 @@ impl SignatureVerification {
     }
 }
 
+impl FoundSignature {
+    /// Returns the most memory that a verification takes, in bytes. Finding it out takes three times the signature.
+    pub fn verification_bytes(&self) -> u64 {
+        match self {
+            Self::Simple(simple) => {
+                let SimpleSignature { payload, certificate, log_entry, timestamp, .. } = simple;
+                let texts = [certificate, log_entry, timestamp].into_iter().flatten();
+                let texts = texts.map(|text| text.len() as u64).sum::<u64>();
+                (payload.len() as u64 + texts) * sigstore::memory::BYTES_PER_PROOF_BYTE
+            }
+            Self::Bundle(Bundle { json, document }) => {
+                let document = document.as_ref().map_or(0, |document| document.len() as u64);
+                sigstore::memory::of_bundle(json) + 2 * document
+            }
+            Self::Unread(_) => 0,
+        }
+    }
+}
+
 impl StatementDemand {
     /// Verifies a signature, or returns its flaw: none if it is of another statement.
     fn verify(
@@ -60,7 +79,7 @@ impl StatementDemand {
         subjects: &[Digest],
     ) -> Result<AcceptedSignature, Option<SignatureFlaw>> {
         match found {
-            FoundSignature::Oversized(bytes) => Err(Some(SignatureFlaw::Oversized(*bytes))),
+            FoundSignature::Unread(reason) => Err(Some(SignatureFlaw::Unread(reason.clone()))),
             // The older format has no attestations.
             FoundSignature::Simple(_) if self.predicate_type.is_some() => Err(None),
             FoundSignature::Simple(signature) => simple_signing::verify(signature, subjects, self),
