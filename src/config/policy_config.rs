@@ -9,8 +9,8 @@ use serde::Deserialize;
 
 use super::{Quantity, reloadable};
 use oci::signature::{
-    NamedIdentity, NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode, Signers,
-    StatementDemand,
+    NamedIdentity, NamedKey, NamedRoot, PublicKey, SignatureDemand, SignatureFormat, SignatureMode,
+    Signers, StatementDemand,
 };
 use policy::{GlobPattern, Policy, PolicyAction, PolicyDemands, PolicyRule, PolicySource};
 use sigstore::trust_root::MAXIMUM_TRUST_ROOT_BYTES;
@@ -186,8 +186,10 @@ impl PolicySection {
             |root| {
                 let json = content(&root.file, &root.data, MAXIMUM_TRUST_ROOT_BYTES)?;
                 let Some(json) = json else { return Ok(None) };
+                let name = root.name.clone();
                 let root = TrustRoot::parse(&json, root.transparency_log);
-                root.map(Arc::new).map(Some).map_err(|error| format!("is no trust root: {error}"))
+                let root = root.map_err(|error| format!("is no trust root: {error}"))?;
+                Ok(Some(NamedRoot { name, root: Arc::new(root) }))
             },
         )?;
         let identities = NamedEntries::build(
@@ -252,7 +254,7 @@ impl KnownSigners {
 }
 
 impl IdentityEntry {
-    fn with_roots(&self, roots: &NamedEntries<Arc<TrustRoot>>) -> Result<NamedIdentity, String> {
+    fn with_roots(&self, roots: &NamedEntries<NamedRoot>) -> Result<NamedIdentity, String> {
         let parse = |name, exact: &Option<String>, expression: &Option<String>| {
             TextPattern::parse(name, exact.as_deref(), expression.as_deref())
         };

@@ -272,6 +272,12 @@ impl SignatureBundle {
         artifact: Artifact<'_>,
         root: &TrustRoot,
     ) -> Result<VerifiedSigner, VerificationError> {
+        if self.bundle.verification_material.tlog_entries.is_empty() && root.policy.verifies_tlog()
+        {
+            return Err(invalid(
+                "it has no inclusion proof of a log, as a trust root without transparencyLog: None demands",
+            ));
+        }
         let verified =
             root.verifier.verify(artifact, &self.bundle, &root.policy).map_err(invalid)?;
         let times = verified.verified_timestamps().iter().min();

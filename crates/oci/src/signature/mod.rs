@@ -83,7 +83,16 @@ pub struct NamedIdentity {
     /// Demand on the certificate.
     pub pattern: IdentityPattern,
     /// Sigstore instances, any of which may have issued the certificate.
-    pub roots: Arc<[Arc<TrustRoot>]>,
+    pub roots: Arc<[NamedRoot]>,
+}
+
+/// A Sigstore instance with its name.
+#[derive(Clone, Debug)]
+pub struct NamedRoot {
+    /// Name in the configuration.
+    pub name: String,
+    /// Trusted parts of the instance.
+    pub root: Arc<TrustRoot>,
 }
 
 /// Effect of a missing signature.
@@ -194,7 +203,7 @@ pub enum SignatureFlaw {
     Proof {
         /// Identity in the certificate.
         found: String,
-        /// First proof that fails.
+        /// First proof that fails, for each instance.
         reason: String,
     },
     /// A valid signature of another digest.
@@ -299,18 +308,18 @@ impl Signers {
                 closest = closest.max(SignatureFlaw::Identity { found: found(), reason });
                 continue;
             }
-            for root in &**roots {
+            let mut reasons = Vec::new();
+            for NamedRoot { name: instance, root } in &**roots {
                 match verify(root) {
                     Ok(signer) => {
                         let (name, signer) = (name.clone(), Some(signer));
                         return Ok(AcceptedSignature { digest, name, signer });
                     }
-                    Err(error) => {
-                        let reason = error.to_string();
-                        closest = closest.max(SignatureFlaw::Proof { found: found(), reason });
-                    }
+                    Err(error) => reasons.push(format!("by {instance}: {error}")),
                 }
             }
+            let reason = reasons.join("; ");
+            closest = closest.max(SignatureFlaw::Proof { found: found(), reason });
         }
         Err(closest)
     }
@@ -340,7 +349,7 @@ impl std::fmt::Display for AcceptedSignature {
 
 impl NamedIdentity {
     fn id_text(&self) -> String {
-        let roots: Vec<Digest> = self.roots.iter().map(|root| root.id()).collect();
+        let roots: Vec<Digest> = self.roots.iter().map(|root| root.root.id()).collect();
         format!("{:?} {roots:?}", self.pattern)
     }
 }

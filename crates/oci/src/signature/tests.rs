@@ -269,6 +269,7 @@ fn identity(issuer: &str, subject: &str, root: Arc<TrustRoot>) -> NamedIdentity 
     let issuer = TextPattern::parse("issuer", Some(issuer), None).expect("an issuer");
     let subject = TextPattern::parse("subject", None, Some(subject)).expect("a subject");
     let pattern = IdentityPattern::new(issuer, subject, BTreeMap::new()).expect("a pattern");
+    let root = NamedRoot { name: "public".to_owned(), root };
     NamedIdentity { name: "ci".to_owned(), pattern, roots: Arc::new([root]) }
 }
 
@@ -285,7 +286,7 @@ fn attested(kind: Option<&str>, identities: &[NamedIdentity]) -> SignatureDemand
 #[test]
 fn an_attestation_of_an_identity_is_verified_and_names_its_signer() {
     let ci = identity(ISSUER, &format!("{SIGNER}/.*"), instance(TransparencyLog::Required));
-    let other = identity("https://accounts.google.com", ".*", Arc::clone(&ci.roots[0]));
+    let other = identity("https://accounts.google.com", ".*", Arc::clone(&ci.roots[0].root));
     let subject = Digest::of(&vector("a.txt"));
     let demand = attested(Some(PROVENANCE), &[other, ci]);
     let found = [found_bundle(b"{}".to_vec()), provenance()];
@@ -339,7 +340,7 @@ fn a_keyless_statement_that_is_not_as_demanded_says_why() {
     let without = TrustRoot::parse(&without, TransparencyLog::Required).expect("a trust root");
     let later = identity(ISSUER, &format!("{SIGNER}/.*"), Arc::new(without));
     let error = refused(&attested(Some(PROVENANCE), &[later]), subject);
-    assert!(error.contains("is not valid: invalid checkpoint"), "{error}");
+    assert!(error.contains("is not valid: by public: invalid checkpoint"), "{error}");
 }
 
 #[test]
