@@ -111,7 +111,7 @@ impl FetchArguments {
             None => instance.root().to_vec(),
         };
         let destination = self.destination().await?;
-        let seen = destination.seen()?;
+        let seen = destination.seen(&url)?;
         let update = update_trust_root(WebRepository(files), &root, seen, Timestamp::now());
         let update = tokio::time::timeout(TIMEOUT, update)
             .await
@@ -141,14 +141,11 @@ impl FetchArguments {
             let map = found.ok_or_else(|| format!("there is no {name}: create it first"))?;
             return Ok(Destination::ConfigMap { client, map });
         }
-        let state = self.state.clone();
-        Ok(match self.to.clone() {
-            Some(file) => {
-                let beside = || PathBuf::from(format!("{}{STATE_SUFFIX}", file.display()));
-                Destination::File { state: state.unwrap_or_else(beside), file }
-            }
-            None => Destination::Output { state },
-        })
+        let state = self.state.as_deref().map(to_replace).transpose()?;
+        let Some(file) = &self.to else { return Ok(Destination::Output { state }) };
+        let beside = || to_replace(&PathBuf::from(format!("{}{STATE_SUFFIX}", file.display())));
+        let state = state.map_or_else(beside, Ok)?;
+        Ok(Destination::File { file: to_replace(file)?, state })
     }
 }
 
@@ -161,7 +158,8 @@ enum Destination {
 
 impl Destination {
     /// Returns the metadata of the last update.
-    fn seen(&self) -> Result<SeenMetadata, CommandError> {
+    fn seen(&self, url: &WebAddress) -> Result<SeenMetadata, CommandError> {
+        let url = url.to_string();
         let (place, json) = match self {
             Self::File { state, .. } | Self::Output { state: Some(state) } => {
                 (state.display().to_string(), read(state, MAXIMUM_SEEN_BYTES)?)
@@ -171,10 +169,10 @@ impl Destination {
                 let json = map.data.get(&name).map(|text| text.clone().into_bytes());
                 (name, json)
             }
-            Self::Output { state: None } => return Ok(SeenMetadata::default()),
+            Self::Output { state: None } => return Ok(SeenMetadata::new(&url)),
         };
-        let Some(json) = json else { return Ok(SeenMetadata::default()) };
-        SeenMetadata::parse(&json).map_err(|error| format!("{place}: {error}"))
+        let Some(json) = json else { return Ok(SeenMetadata::new(&url)) };
+        SeenMetadata::parse(&json, &url).map_err(|error| format!("{place}: {error}"))
     }
 
     /// Writes an update, the metadata first. Returns whether the trust root is new.
@@ -182,14 +180,14 @@ impl Destination {
         let seen = update.seen.to_json();
         match self {
             Self::File { file, state } => {
-                replace(state, seen.as_bytes())?;
+                let state = Replacement::prepare(state, seen.as_bytes())?;
                 // A file that has not changed stays as it is, so that nodes need not read it again.
                 let present = read(file, MAXIMUM_TRUST_ROOT_BYTES).ok().flatten();
                 let is_new = present.as_ref() != Some(&update.trust_root);
-                if is_new {
-                    replace(file, &update.trust_root)?;
-                }
-                Ok(is_new)
+                let file = is_new.then(|| Replacement::prepare(file, &update.trust_root));
+                let file = file.transpose()?;
+                state.apply()?;
+                file.map_or(Ok(()), Replacement::apply).map(|()| is_new)
             }
             Self::ConfigMap { client, map } => {
                 let mut next = map.clone();
@@ -203,8 +201,10 @@ impl Destination {
                 Ok(is_new)
             }
             Self::Output { state } => {
-                let state = state.as_deref();
-                state.map_or(Ok(()), |state| replace(state, seen.as_bytes())).map(|()| true)
+                if let Some(state) = state {
+                    Replacement::prepare(state, seen.as_bytes())?.apply()?;
+                }
+                Ok(true)
             }
         }
     }
@@ -241,16 +241,48 @@ fn missing(path: &Path) -> CommandError {
     format!("{} does not exist", path.display())
 }
 
-/// Replaces a file. A reader sees the old or the new content, also after a crash.
-fn replace(path: &Path, content: &[u8]) -> Result<(), CommandError> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let written = (|| {
-        let mut next = tempfile::Builder::new()
-            .permissions(fs::Permissions::from_mode(0o644))
-            .tempfile_in(folder.unwrap_or(Path::new(".")))?;
-        next.write_all(content)?;
-        next.as_file().sync_all()?;
-        next.persist(path).map_err(|error| error.error)
-    })();
-    written.map(drop).map_err(|error| format!("{} cannot be written: {error}", path.display()))
+/// Returns the file that a path names, through links. It need not exist.
+fn to_replace(path: &Path) -> Result<PathBuf, CommandError> {
+    match fs::metadata(path) {
+        Ok(found) if found.is_file() => {
+            fs::canonicalize(path).map_err(|error| not_written(path, &error))
+        }
+        Ok(_) => Err(not_written(path, &"it is no regular file")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::read_link(path) {
+            Ok(target) => to_replace(&path.parent().unwrap_or(Path::new("")).join(target)),
+            Err(_) => Ok(path.to_owned()),
+        },
+        Err(error) => Err(not_written(path, &error)),
+    }
+}
+
+/// The next content of a file, beside it.
+struct Replacement<'a> {
+    path: &'a Path,
+    next: tempfile::NamedTempFile,
+}
+
+impl<'a> Replacement<'a> {
+    fn prepare(path: &'a Path, content: &[u8]) -> Result<Self, CommandError> {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let written: io::Result<_> = (|| {
+            let mut next = tempfile::Builder::new()
+                .permissions(fs::Permissions::from_mode(0o644))
+                .tempfile_in(folder.unwrap_or(Path::new(".")))?;
+            next.write_all(content)?;
+            next.as_file().sync_all()?;
+            Ok(next)
+        })();
+        written.map(|next| Self { path, next }).map_err(|error| not_written(path, &error))
+    }
+
+    /// Replaces the file. A reader sees the old or the new content, also after a crash.
+    fn apply(self) -> Result<(), CommandError> {
+        let Self { path, next } = self;
+        next.persist(path).map(drop).map_err(|error| not_written(path, &error.error))
+    }
+}
+
+fn not_written(path: &Path, reason: &dyn std::fmt::Display) -> CommandError {
+    format!("{} cannot be written: {reason}", path.display())
 }

@@ -2,7 +2,10 @@
 
 use std::{
     fs,
-    os::unix::fs::{MetadataExt as _, symlink},
+    os::unix::{
+        fs::{MetadataExt as _, symlink},
+        net::UnixListener,
+    },
     path::PathBuf,
     process::{Command, Output},
 };
@@ -223,6 +226,103 @@ fn a_repository_is_reached_through_the_proxy_of_the_environment() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(output.stdout.trim_ascii_end(), TRUST_ROOT.trim_end().as_bytes());
     assert!(proxy.asked().iter().all(|asked| asked.ends_with(" tuf.example:80")));
+}
+
+#[test]
+fn a_state_of_another_repository_is_refused() {
+    let mut administrator = Administrator::new();
+    administrator.repository.release(&Release::new(2, TRUST_ROOT.as_bytes()));
+    administrator.updates();
+    let (url, second) = (administrator.repository.url(), administrator.repository.files());
+    let folder = administrator.path("other");
+    fs::create_dir(&folder).expect("a folder");
+    let other = TufRepository::start(&newer(9));
+    let first_root = std::mem::replace(&mut administrator.root, other.first_root(&folder));
+    let first = other.files();
+    other.release(&Release::new(9, &newer(9)));
+    let repository = std::mem::replace(&mut administrator.repository, other);
+    administrator
+        .is_refused(&format!("public.json.tuf: the metadata of earlier updates is of {url}/"));
+    // Another one at the same URL: its keys are others, and the state of before does not verify.
+    administrator.repository = repository;
+    administrator.repository.restore(first);
+    administrator.is_refused("timestamp.json has version 1, but version 2 was seen before");
+    administrator.root = first_root;
+    administrator.repository.restore(second);
+    assert_eq!(administrator.updates()["isNew"], false);
+}
+
+#[test]
+fn a_damaged_state_lets_nothing_older_pass() {
+    let mut administrator = Administrator::new();
+    let first = administrator.repository.files();
+    administrator.repository.rotate();
+    administrator.repository.release(&Release::new(2, TRUST_ROOT.as_bytes()));
+    administrator.updates();
+    let (second, good) = (administrator.repository.files(), administrator.read("public.json.tuf"));
+    let damage = |change: &dyn Fn(&str) -> String| {
+        let mut state: Value = serde_json::from_slice(&good).expect("JSON");
+        let files = if state["files"].is_object() { &mut state["files"] } else { &mut state };
+        for file in files.as_object_mut().expect("files").values_mut() {
+            *file = change(file.as_str().expect("a text")).into();
+        }
+        fs::write(administrator.path("public.json.tuf"), state.to_string()).expect("written");
+    };
+    damage(&|file| file[..50].to_owned());
+    administrator.is_refused("public.json.tuf: the metadata of earlier updates cannot be read");
+    damage(&|file| file.replace("\"sig\":\"", "\"sig\":\"00"));
+    administrator.repository.restore(first.clone());
+    administrator.is_refused("root.json has version 1, but version 2 was seen before");
+    let root = "/2.root.json";
+    administrator.repository.serve(root, second[root].clone());
+    administrator.repository.release(&Release::new(1, &newer(1)));
+    administrator.is_refused("timestamp.json has version 1, but version 2 was seen before");
+    // New keys may start the versions anew.
+    administrator.repository.rotate();
+    administrator.repository.release(&Release::new(1, &newer(1)));
+    let report = administrator.updates();
+    assert_eq!((&report["versions"]["root"], &report["isNew"]), (&3.into(), &true.into()));
+}
+
+#[test]
+fn links_are_followed() {
+    let administrator = Administrator::new();
+    fs::create_dir(administrator.path("real")).expect("a folder");
+    for link in ["public.json", "public.json.tuf"] {
+        symlink(format!("real/{link}"), administrator.path(link)).expect("a link");
+    }
+    // The links lead to nothing at first, then to files.
+    for version in [2, 3] {
+        let content = newer(version);
+        administrator.repository.release(&Release::new(version.into(), &content));
+        administrator.updates();
+        for name in ["public.json", "public.json.tuf"] {
+            assert!(administrator.path(name).is_symlink(), "{name}");
+            assert!(administrator.path("real").join(name).is_file(), "{name}");
+        }
+        assert_eq!(administrator.read("real/public.json"), content);
+    }
+}
+
+#[test]
+fn what_cannot_be_replaced_leaves_the_state_as_it_is() {
+    let administrator = Administrator::new();
+    fs::create_dir(administrator.path("folder")).expect("a folder");
+    let _socket = UnixListener::bind(administrator.path("socket")).expect("a socket");
+    let arguments: [&[&str]; 3] = [
+        &["--to", "folder"],
+        &["--to", "socket", "--state", "new.tuf"],
+        &["--to", "no/file.json", "--state", "new.tuf"],
+    ];
+    for wrong in arguments {
+        let output = administrator.fetch(wrong);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{wrong:?}: {error}");
+        assert!(error.contains(&format!("{} cannot be written: ", wrong[1])), "{error}");
+        for state in ["folder.tuf", "new.tuf"] {
+            assert!(!administrator.path(state).exists(), "{wrong:?}: {state} is written");
+        }
+    }
 }
 
 #[test]

@@ -7,7 +7,8 @@
 //!       targets   names trusted_root.json with its length and hashes
 //! ```
 //!
-//! [`SeenMetadata`] holds what earlier updates have seen. Older versions of it are refused.
+//! [`SeenMetadata`] holds what earlier updates have seen. Older versions of it are refused, also if its signatures do not
+//! verify any more: only a newer root may start the versions of the other files anew.
 //!
 //! [TUF]: https://theupdateframework.github.io/specification/latest/
 
@@ -28,6 +29,8 @@ use super::trust_root::{MAXIMUM_TRUST_ROOT_BYTES, TransparencyLog, TrustRoot, Tr
 
 /// The name of the trust root in a repository.
 const TARGET: &str = "trusted_root.json";
+/// The name of the newest root in [`SeenMetadata`].
+const ROOT: &str = "root.json";
 /// The maximum size of a metadata file in bytes. Those of the public instances have less than 8 KiB.
 pub const MAXIMUM_METADATA_BYTES: u64 = 128 << 10;
 /// The maximum size of `timestamp.json` in bytes, which has one entry.
@@ -80,9 +83,24 @@ pub trait RepositoryFiles: Send + Sync {
 }
 
 /// Verified metadata of earlier updates. It is verified anew from the first root on, so a changed one grants nothing.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct SeenMetadata(BTreeMap<String, String>);
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenMetadata {
+    /// The URL of the repository.
+    repository: String,
+    /// The files by their names in the library's store. There are none before the first update.
+    files: BTreeMap<String, String>,
+}
+
+/// What all metadata files have.
+#[derive(Deserialize)]
+struct SignedFile {
+    signed: Versioned,
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    version: u64,
+}
 
 /// The versions of the metadata that a trust root comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -115,8 +133,16 @@ pub enum TrustUpdateError {
     #[error("the root.json to start from cannot be used: {0}")]
     FirstRoot(String),
     /// The metadata of earlier updates is unusable.
-    #[error("the metadata of earlier updates cannot be read: {0}")]
+    #[error(
+        "the metadata of earlier updates cannot be read: {0}. Remove it only if you know that it is damaged: \
+         without it, an older trust root is not recognised"
+    )]
     Seen(String),
+    /// The metadata of earlier updates is of another repository.
+    #[error(
+        "the metadata of earlier updates is of {0}: use another output, or remove it if the repository has moved"
+    )]
+    OtherRepository(String),
     /// A file cannot be fetched.
     #[error("{0}")]
     Fetch(String),
@@ -149,16 +175,10 @@ pub async fn update_trust_root(
     let updater = Updater::new(BoundedFiles(files), first_root);
     let updater = updater.map_err(|error| TrustUpdateError::FirstRoot(reason(&error)))?;
     let first_version = updater.trusted().root().version;
+    let before = (!seen.files.is_empty()).then(|| seen.versions()).transpose()?;
     let store = Arc::new(SeenStore(Mutex::new(seen)));
     let mut updater = updater.with_config(bounds).with_store(Arc::clone(&store));
     updater.refresh(now).await.map_err(refused)?;
-    let trust_root = updater.get_target(TARGET, now).await.map_err(refused)?;
-    TrustRoot::parse(&trust_root, TransparencyLog::Required)
-        .or_else(|error| match error {
-            TrustRootError::Missing(_) => TrustRoot::parse(&trust_root, TransparencyLog::None),
-            error => Err(error),
-        })
-        .map_err(TrustUpdateError::TrustRoot)?;
     let trusted = updater.trusted();
     let incomplete = || TrustUpdateError::Refused("metadata is missing".to_owned());
     let versions = MetadataVersions {
@@ -167,32 +187,86 @@ pub async fn update_trust_root(
         snapshot: trusted.snapshot().ok_or_else(incomplete)?.version,
         targets: trusted.targets_role("targets").ok_or_else(incomplete)?.version,
     };
+    if let Some(before) = before {
+        versions.check_not_older(&before)?;
+    }
+    let trust_root = updater.get_target(TARGET, now).await.map_err(refused)?;
+    TrustRoot::parse(&trust_root, TransparencyLog::Required)
+        .or_else(|error| match error {
+            TrustRootError::Missing(_) => TrustRoot::parse(&trust_root, TransparencyLog::None),
+            error => Err(error),
+        })
+        .map_err(TrustUpdateError::TrustRoot)?;
     let seen = store.seen().kept(first_version, versions.root);
     Ok(TrustUpdate { trust_root, seen, versions })
 }
 
+impl MetadataVersions {
+    /// Refuses versions older than those of the update before. A newer root may start the others anew.
+    fn check_not_older(&self, before: &Self) -> Result<(), TrustUpdateError> {
+        let others = [
+            ("timestamp.json", self.timestamp, before.timestamp),
+            ("snapshot.json", self.snapshot, before.snapshot),
+            ("targets.json", self.targets, before.targets),
+        ];
+        let others = others.into_iter().filter(|_| self.root == before.root);
+        let mut all = std::iter::once((ROOT, self.root, before.root)).chain(others);
+        all.find(|(_, served, seen)| served < seen).map_or(Ok(()), |(name, served, seen)| {
+            let reason = format!("{name} has version {served}, but version {seen} was seen before");
+            Err(TrustUpdateError::Refused(reason))
+        })
+    }
+}
+
 impl SeenMetadata {
-    /// Parses what [`to_json`](Self::to_json) wrote.
-    pub fn parse(json: &[u8]) -> Result<Self, TrustUpdateError> {
+    /// Starts without metadata.
+    pub fn new(repository: &str) -> Self {
+        Self { repository: repository.to_owned(), files: BTreeMap::new() }
+    }
+
+    /// Parses what [`to_json`](Self::to_json) wrote for this repository.
+    pub fn parse(json: &[u8], repository: &str) -> Result<Self, TrustUpdateError> {
         if json.len() as u64 > MAXIMUM_SEEN_BYTES {
             let reason = format!("it has more than {MAXIMUM_SEEN_BYTES} bytes");
             return Err(TrustUpdateError::Seen(reason));
         }
         let malformed = |error: serde_json::Error| TrustUpdateError::Seen(error.to_string());
-        serde_json::from_slice(json).map_err(malformed)
+        let seen: Self = serde_json::from_slice(json).map_err(malformed)?;
+        if seen.repository != repository {
+            return Err(TrustUpdateError::OtherRepository(shorten(&seen.repository, SHOWN_BYTES)));
+        }
+        seen.versions()?;
+        Ok(seen)
     }
 
-    /// Returns the metadata as a JSON object of files.
+    /// Returns the versions of the files, whether or not their signatures verify.
+    fn versions(&self) -> Result<MetadataVersions, TrustUpdateError> {
+        let version = |name: &str| {
+            let unreadable = |reason| TrustUpdateError::Seen(format!("{name}: {reason}"));
+            let file =
+                self.files.get(name).ok_or_else(|| unreadable("it is missing".to_owned()))?;
+            let file = serde_json::from_str::<SignedFile>(file);
+            file.map(|file| file.signed.version).map_err(|error| unreadable(error.to_string()))
+        };
+        Ok(MetadataVersions {
+            root: version(ROOT)?,
+            timestamp: version("timestamp.json")?,
+            snapshot: version("snapshot.json")?,
+            targets: version("targets.json")?,
+        })
+    }
+
+    /// Returns the metadata as a JSON object.
     pub fn to_json(&self) -> String {
         // The derived serialisation of texts by name does not fail.
         serde_json::to_string(self).unwrap_or_default()
     }
 
-    /// Returns what the next update needs: the roots after the first one, and the newest other metadata.
+    /// Returns what the next update needs: the roots after the first one, and the newest metadata.
     fn kept(mut self, first: u64, newest: u64) -> Self {
         let roots: Vec<_> = (first + 1..=newest).map(root_name).collect();
-        let others = ["timestamp.json", "snapshot.json", "targets.json"];
-        self.0.retain(|name, _| roots.contains(name) || others.contains(&name.as_str()));
+        let newest = [ROOT, "timestamp.json", "snapshot.json", "targets.json"];
+        self.files.retain(|name, _| roots.contains(name) || newest.contains(&name.as_str()));
         self
     }
 }
@@ -214,12 +288,12 @@ impl SeenStore {
 impl MetadataStore for SeenStore {
     fn load(&self, name: &str) -> sigstore_tuf::Result<Option<Vec<u8>>> {
         let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(seen.0.get(name).map(|text| text.clone().into_bytes()))
+        Ok(seen.files.get(name).map(|text| text.clone().into_bytes()))
     }
 
     fn store(&self, name: &str, bytes: &[u8]) -> sigstore_tuf::Result<()> {
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.0.insert(name.to_owned(), String::from_utf8_lossy(bytes).into_owned());
+        seen.files.insert(name.to_owned(), String::from_utf8_lossy(bytes).into_owned());
         Ok(())
     }
 }
@@ -284,7 +358,7 @@ mod tests {
 
     fn refusal(first_root: &[u8], now: &str, bytes: usize) -> String {
         let now = now.parse().expect("a time");
-        let update = update_trust_root(Files(bytes), first_root, SeenMetadata::default(), now);
+        let update = update_trust_root(Files(bytes), first_root, SeenMetadata::new(""), now);
         update.now_or_never().expect("no waiting").expect_err("a refusal").to_string()
     }
 
@@ -310,25 +384,74 @@ mod tests {
         assert_eq!(large, "timestamp.json has more than 16384 bytes");
     }
 
+    /// Returns metadata in which each of the newest files has this version.
+    fn seen(version: u64) -> SeenMetadata {
+        let file = format!("{{\"signed\":{{\"version\":{version}}},\"signatures\":[]}}");
+        let names = [ROOT, "timestamp.json", "snapshot.json", "targets.json"];
+        let files = names.map(|name| (name.to_owned(), file.clone())).into();
+        SeenMetadata { files, ..SeenMetadata::new("https://one.example/") }
+    }
+
     #[test]
     fn seen_metadata_is_bounded_and_read_as_it_was_written() {
-        let seen =
-            SeenMetadata([("timestamp.json".to_owned(), "{\"a\":\"\\n\"}".to_owned())].into());
-        assert_eq!(SeenMetadata::parse(seen.to_json().as_bytes()), Ok(seen));
+        let (good, repository) = (seen(7), "https://one.example/");
+        let json = good.to_json();
+        assert_eq!(SeenMetadata::parse(json.as_bytes(), repository), Ok(good.clone()));
+        assert_eq!(
+            SeenMetadata::parse(json.as_bytes(), "https://two.example/"),
+            Err(TrustUpdateError::OtherRepository(repository.to_owned()))
+        );
         let large = usize::try_from(MAXIMUM_SEEN_BYTES).expect("small") + 1;
-        for wrong in [&b"{"[..], b"[]", b"{\"a\":1}", b"\xff", &vec![b' '; large]] {
-            assert!(matches!(SeenMetadata::parse(wrong), Err(TrustUpdateError::Seen(_))));
+        let is_unreadable = |json: &[u8]| {
+            let parsed = SeenMetadata::parse(json, repository);
+            assert!(matches!(parsed, Err(TrustUpdateError::Seen(_))), "{parsed:?}");
+        };
+        for wrong in [&b"{"[..], b"[]", b"{\"a\":1}", b"{}", b"\xff", &vec![b' '; large]] {
+            is_unreadable(wrong);
+        }
+        for name in good.files.keys() {
+            let mut without = good.clone();
+            without.files.remove(name);
+            is_unreadable(without.to_json().as_bytes());
+            for damaged in ["", "{\"signed\":{", "{\"signed\":{\"version\":-1}}"] {
+                let mut wrong = good.clone();
+                wrong.files.insert(name.clone(), damaged.to_owned());
+                is_unreadable(wrong.to_json().as_bytes());
+            }
+        }
+    }
+
+    #[test]
+    fn no_version_goes_back_but_after_a_newer_root() {
+        let before = seen(7).versions().expect("versions");
+        let MetadataVersions { root, timestamp, snapshot, targets } = before;
+        for older in [
+            MetadataVersions { root: root - 1, timestamp: 9, snapshot: 9, targets: 9 },
+            MetadataVersions { timestamp: timestamp - 1, ..before },
+            MetadataVersions { snapshot: snapshot - 1, ..before },
+            MetadataVersions { targets: targets - 1, ..before },
+        ] {
+            let error = older.check_not_older(&before).expect_err("a refusal").to_string();
+            assert!(
+                error.contains(".json has version 6, but version 7 was seen before"),
+                "{error}"
+            );
+        }
+        let newer_root = MetadataVersions { root: 8, timestamp: 1, snapshot: 1, targets: 1 };
+        for good in [before, newer_root] {
+            assert_eq!(good.check_not_older(&before), Ok(()));
         }
     }
 
     #[test]
     fn only_what_the_next_update_needs_is_kept() {
-        let names = ["root.json", "5.snapshot.json", "npm.json", "targets/trusted_root.json"];
-        let kept = ["root_history/4.root.json", "snapshot.json", "targets.json", "timestamp.json"];
+        let names = ["5.snapshot.json", "npm.json", "targets/trusted_root.json"];
+        let kept =
+            [ROOT, "root_history/4.root.json", "snapshot.json", "targets.json", "timestamp.json"];
         let roots = ["root_history/3.root.json", "root_history/5.root.json"];
         let all =
             names.iter().chain(&kept).chain(&roots).map(|name| ((*name).to_owned(), String::new()));
-        let left = SeenMetadata(all.collect()).kept(3, 4);
-        assert_eq!(left.0.keys().collect::<Vec<_>>(), kept);
+        let left = SeenMetadata { files: all.collect(), ..SeenMetadata::new("") }.kept(3, 4);
+        assert_eq!(left.files.keys().collect::<Vec<_>>(), kept);
     }
 }

@@ -5,7 +5,7 @@
 //! changes, so links are followed. A missing file is recorded as missing.
 
 use std::io::Read as _;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -42,15 +42,21 @@ impl FileVersions {
         self.0.iter().all(|(path, version)| FileVersion::of(path) == *version)
     }
 
-    /// Records the version of a file and reads the file, up to `limit` bytes.
+    /// Records the version of a file and reads the file, up to `limit` bytes. Nothing but a regular
+    /// file is waited for.
     ///
     /// # Errors
     ///
-    /// The kernel's, or `FileTooLarge`.
+    /// The kernel's, `FileTooLarge`, or that it is no regular file.
     pub fn read(&mut self, path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
         self.record(path);
         let mut bytes = Vec::new();
-        std::fs::File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
+        // Without this flag, a FIFO blocks until someone writes to it.
+        let file = std::fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        if !file.metadata()?.is_file() {
+            return Err(std::io::Error::other("it is no regular file"));
+        }
+        file.take(limit + 1).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > limit {
             return Err(std::io::ErrorKind::FileTooLarge.into());
         }
@@ -209,6 +215,30 @@ mod tests {
         }
         std::fs::remove_file(path).expect("removed");
         assert_eq!(source.current().as_deref(), Ok(&0));
+    }
+
+    #[test]
+    fn nothing_but_files_is_waited_for_and_the_last_good_value_stays() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        let at = path("file");
+        let source = Reloadable::new(
+            "bytes",
+            move |versions| versions.read(&at, 10).map_err(|error| error.to_string()),
+            |_| {},
+        );
+        std::fs::write(path("file"), "good").expect("written");
+        assert_eq!(source.current().as_deref(), Ok(&b"good".to_vec()));
+        nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRUSR).expect("a FIFO");
+        std::fs::rename(path("fifo"), path("file")).expect("replaced");
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || sender.send(source.current()));
+        let current = receiver.recv_timeout(std::time::Duration::from_secs(30));
+        assert_eq!(current.expect("no waiting").as_deref(), Ok(&b"good".to_vec()));
+        for other in [path("file"), folder.path().to_owned(), "/dev/zero".into()] {
+            let refused = FileVersions::new().read(&other, 10).expect_err("no file");
+            assert_eq!(refused.to_string(), "it is no regular file");
+        }
     }
 
     #[test]
