@@ -100,7 +100,7 @@ pub enum SignatureStatus {
     },
     /// It is not signed as demanded, and the policy only warns.
     Warned {
-        /// What was demanded and found.
+        /// The demand, and the signature that is the closest to it.
         reason: String,
     },
     /// Nothing says who must have signed it.

@@ -526,6 +526,10 @@ fn warm_verifies_before_it_fetches_and_warn_only_warns() {
     set_policy(&node, &warn);
     mounts(&node, &reference);
     assert!(node.driver.log().contains("the policy only warns"));
+    let checked = check(&node, &reference);
+    let report: Value = serde_json::from_slice(&checked.stdout).expect("JSON");
+    let signatures = &report["manifests"][0]["signatures"];
+    assert_eq!(signatures["state"], "warned", "{report}");
     let signed = node.proxy.reference(&recording.signed("cosign"));
     set_policy(&node, &policy);
     admin.text(&["warm", &signed]);

@@ -70,7 +70,7 @@ enum Step {
     Referrer { subject: Digest, manifest: Digest },
 }
 
-/// What is needed of a layer of the older format.
+/// The needed parts of a layer of the older format.
 struct PayloadLayer {
     blob: SizedBlob,
     data: Option<Vec<u8>>,

@@ -18,7 +18,7 @@ const BYTES_PER_BUNDLE_BYTE: u64 = 14;
 const OBJECT_NODE_BYTES: u64 = 740;
 /// A value within a list, where the list grows by doubling.
 const LIST_VALUE_BYTES: u64 = 64;
-/// What an allocation takes beside its content.
+/// The memory of an allocation beside its content.
 const ALLOCATION_BYTES: u64 = 32;
 
 #[derive(Deserialize)]

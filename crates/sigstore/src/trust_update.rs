@@ -91,7 +91,7 @@ pub struct SeenMetadata {
     files: BTreeMap<String, String>,
 }
 
-/// What all metadata files have.
+/// The part that all metadata files have.
 #[derive(Deserialize)]
 struct SignedFile {
     signed: Versioned,
