@@ -8,6 +8,8 @@ const ROOT: &[u8] = include_bytes!("../seeds/sigstore/trusted_root");
 /// Runs one input: a bundle, a trust root, or the lines of cosign's older form.
 pub(super) fn run(input: &[u8]) {
     let _ = TrustRoot::parse(input, TransparencyLog::Required);
+    let _ = sigstore::memory::of_bundle(input);
+    let _ = sigstore::trust_update::SeenMetadata::parse(input, "https://tuf.example/");
     let root = TrustRoot::parse(ROOT, TransparencyLog::None).expect("a trust root");
     if let Ok(bundle) = SignatureBundle::parse(input) {
         assert!(bundle.verify_statement(Digest::of(input), &root).is_err());
