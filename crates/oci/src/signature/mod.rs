@@ -179,8 +179,8 @@ pub struct AcceptedSignature {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum SignatureFlaw {
     /// An unsupported or malformed signature.
-    #[error("a signature in a format that is not understood")]
-    Format,
+    #[error("a signature in a format that is not understood: {0}")]
+    Format(&'static str),
     /// A certificate or proof that cannot be read.
     #[error("a keyless signature that cannot be read: {0}")]
     Keyless(BundleError),

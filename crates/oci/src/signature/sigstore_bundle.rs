@@ -117,20 +117,20 @@ pub(super) fn verify(
     subjects: &[Digest],
     demand: &StatementDemand,
 ) -> Result<AcceptedSignature, Option<SignatureFlaw>> {
-    let parsed: SigstoreBundle =
-        serde_json::from_slice(&bundle.json).map_err(|_| SignatureFlaw::Format)?;
+    let parsed: SigstoreBundle = serde_json::from_slice(&bundle.json)
+        .map_err(|_| SignatureFlaw::Format("it is no JSON of a bundle"))?;
     if !is_media_type(&parsed.media_type) {
-        return Err(Some(SignatureFlaw::Format));
+        return Err(Some(SignatureFlaw::Format("the media type of the bundle is not known")));
     }
     let by_identity = !demand.signers.identities.is_empty();
     let is_keyless = by_identity && parsed.verification_material.has_certificate();
     match (parsed.dsse_envelope, parsed.message_signature, &bundle.document) {
         (Some(envelope), None, _) => {
             let [signature] = &envelope.signatures[..] else {
-                return Err(Some(SignatureFlaw::Format));
+                return Err(Some(SignatureFlaw::Format("its envelope has not one signature")));
             };
             if envelope.payload_type != PAYLOAD_TYPE {
-                return Err(Some(SignatureFlaw::Format));
+                return Err(Some(SignatureFlaw::Format("its envelope is not of in-toto")));
             }
             let payload = decoded(&envelope.payload)?;
             let message = encoded_for_signing(&envelope.payload_type, &payload);
@@ -165,7 +165,7 @@ pub(super) fn verify(
             demand.check_annotations(None)?;
             Ok(accepted)
         }
-        _ => Err(Some(SignatureFlaw::Format)),
+        _ => Err(Some(SignatureFlaw::Format("it has not one envelope or message signature"))),
     }
 }
 
@@ -179,7 +179,7 @@ fn key_of(
 }
 
 fn decoded(base64: &str) -> Result<Vec<u8>, SignatureFlaw> {
-    STANDARD.decode(base64).map_err(|_| SignatureFlaw::Format)
+    STANDARD.decode(base64).map_err(|_| SignatureFlaw::Format("a part of it is no base64"))
 }
 
 fn verify_keyless_statement(
@@ -188,7 +188,7 @@ fn verify_keyless_statement(
     demand: &StatementDemand,
 ) -> Result<AcceptedSignature, Option<SignatureFlaw>> {
     let bundle = SignatureBundle::parse(json).map_err(SignatureFlaw::Keyless)?;
-    let payload = bundle.statement().ok_or(SignatureFlaw::Format)?;
+    let payload = bundle.statement().ok_or(SignatureFlaw::Format("it has no statement"))?;
     // What is read here is believed only after the verification, which compares the subject again.
     let subject = signed_subject(payload, subjects, demand)?;
     let verify = |root: &TrustRoot| bundle.verify_statement(subject, root);
@@ -201,14 +201,14 @@ fn signed_subject(
     subjects: &[Digest],
     demand: &StatementDemand,
 ) -> Result<Digest, Option<SignatureFlaw>> {
-    let statement: InTotoStatement =
-        serde_json::from_slice(payload).map_err(|_| SignatureFlaw::Format)?;
+    let statement: InTotoStatement = serde_json::from_slice(payload)
+        .map_err(|_| SignatureFlaw::Format("its payload is no statement"))?;
     // An attestation is no signature, and a signature is no attestation.
     if statement.predicate_type != demand.predicate_type.as_deref().unwrap_or(PREDICATE_TYPE) {
         return Err(None);
     }
     if !STATEMENT_TYPES.contains(&&*statement.kind) {
-        return Err(Some(SignatureFlaw::Format));
+        return Err(Some(SignatureFlaw::Format("its statement is of another version")));
     }
     let names = |digest: &&Digest, subject: &StatementSubject| {
         subject.digest.get("sha256").is_some_and(|hex| *hex == digest.hex())

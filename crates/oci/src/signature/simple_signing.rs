@@ -16,6 +16,8 @@ pub const MEDIA_TYPE: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
 
 const TYPE: &str = "cosign container image signature";
 
+const NO_PAYLOAD: &str = "its payload is none of cosign";
+
 #[derive(Deserialize)]
 struct SimplePayload {
     critical: CriticalSection,
@@ -47,12 +49,12 @@ pub(super) fn verify(
     // The signature is verified before the payload is parsed.
     let accepted = verify_payload(found, demand)?;
     let payload: SimplePayload =
-        serde_json::from_slice(&found.payload).map_err(|_| SignatureFlaw::Format)?;
+        serde_json::from_slice(&found.payload).map_err(|_| SignatureFlaw::Format(NO_PAYLOAD))?;
     if payload.critical.kind != TYPE {
-        return Err(Some(SignatureFlaw::Format));
+        return Err(Some(SignatureFlaw::Format("its payload is of another type")));
     }
     let digest: Digest =
-        payload.critical.image.digest.parse().map_err(|_| SignatureFlaw::Format)?;
+        payload.critical.image.digest.parse().map_err(|_| SignatureFlaw::Format(NO_PAYLOAD))?;
     if !subjects.contains(&digest) {
         return Err(Some(SignatureFlaw::Subject));
     }
@@ -66,7 +68,8 @@ fn verify_payload(
     demand: &StatementDemand,
 ) -> Result<AcceptedSignature, SignatureFlaw> {
     let SimpleSignature { payload, signature, certificate, log_entry, timestamp } = found;
-    let bytes = STANDARD.decode(signature.trim()).map_err(|_| SignatureFlaw::Format)?;
+    let bytes = STANDARD.decode(signature.trim());
+    let bytes = bytes.map_err(|_| SignatureFlaw::Format("its annotation is no base64"))?;
     let digest = Digest::of(payload);
     if let Some(name) = demand.signers.key(payload, &bytes) {
         return Ok(AcceptedSignature { digest, name: name.to_owned(), signer: None });

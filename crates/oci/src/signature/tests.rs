@@ -123,11 +123,10 @@ fn invalid_signatures_have_different_flaws() {
     assert_eq!(judge_all(&[]), Err(None));
     assert_eq!(judge(simple(&stranger, &payload(subject(), TYPE))), Some(SignatureFlaw::Key));
     assert_eq!(judge(simple(&pair, &payload(other, TYPE))), Some(SignatureFlaw::Subject));
-    assert_eq!(
-        judge(simple(&pair, &payload(subject(), "something else"))),
-        Some(SignatureFlaw::Format)
-    );
-    assert_eq!(judge(simple(&pair, b"no JSON")), Some(SignatureFlaw::Format));
+    let kind = judge(simple(&pair, &payload(subject(), "something else")));
+    assert_eq!(kind, Some(SignatureFlaw::Format("its payload is of another type")));
+    let no_json = judge(simple(&pair, b"no JSON"));
+    assert_eq!(no_json, Some(SignatureFlaw::Format("its payload is none of cosign")));
     // The payload of one signature under another.
     let FoundSignature::Simple(mut swapped) = simple(&pair, &payload(other, TYPE)) else {
         panic!()
@@ -144,16 +143,18 @@ fn invalid_signatures_have_different_flaws() {
     swapped["dsseEnvelope"]["payload"] =
         bundle(&pair, subject(), SIGNED)["dsseEnvelope"]["payload"].clone();
     assert_eq!(judge(as_bundle(swapped)), Some(SignatureFlaw::Key));
-    for (pointer, value) in [
-        ("/mediaType", json!("application/vnd.dev.sigstore.bundle.v0.9+json")),
-        ("/dsseEnvelope", json!(null)),
-        ("/dsseEnvelope/signatures", json!([])),
-        ("/dsseEnvelope/payloadType", json!("text/plain")),
-        ("/dsseEnvelope/payload", json!("*")),
+    let other_version = json!("application/vnd.dev.sigstore.bundle.v0.9+json");
+    for (pointer, value, flaw) in [
+        ("/mediaType", other_version, "the media type of the bundle is not known"),
+        ("/dsseEnvelope", json!(null), "it has not one envelope or message signature"),
+        ("/dsseEnvelope/signatures", json!([]), "its envelope has not one signature"),
+        ("/dsseEnvelope/payloadType", json!("text/plain"), "its envelope is not of in-toto"),
+        ("/dsseEnvelope/payload", json!("*"), "a part of it is no base64"),
+        ("/verificationMaterial", json!(1), "it is no JSON of a bundle"),
     ] {
         let mut broken = bundle(&pair, subject(), SIGNED);
         *broken.pointer_mut(pointer).expect("a field") = value;
-        assert_eq!(judge(as_bundle(broken)), Some(SignatureFlaw::Format), "{pointer}");
+        assert_eq!(judge(as_bundle(broken)), Some(SignatureFlaw::Format(flaw)), "{pointer}");
     }
     // The flaw closest to a valid signature is returned.
     let all = [simple(&pair, b"{}"), simple(&stranger, b"x"), simple(&pair, &payload(other, TYPE))];
@@ -173,6 +174,7 @@ fn ed25519_signs_the_message_itself() {
 
 #[test]
 fn a_signature_over_the_manifest_itself_counts() {
+    const NOT_ONE: &str = "it has not one envelope or message signature";
     let ((pair, key), (stranger, _)) = (pair(), pair());
     let demand = demand(&[key]);
     let document = Bytes::from_static(b"the artifact");
@@ -193,14 +195,14 @@ fn a_signature_over_the_manifest_itself_counts() {
     for (invalid, flaw) in [
         (found(&signed(&stranger), Some(&document)), SignatureFlaw::Key),
         (found(&signed(&pair), Some(&Bytes::from_static(b"another"))), SignatureFlaw::Key),
-        (found(&signed(&pair), None), SignatureFlaw::Format),
+        (found(&signed(&pair), None), SignatureFlaw::Format(NOT_ONE)),
     ] {
         assert_eq!(judge(&demand, &invalid, &[subject()]), Err(Some(flaw)));
     }
     let mut both = bundle(&pair, subject(), SIGNED);
     both["messageSignature"] = signed(&pair)["messageSignature"].clone();
     let both = found(&both, Some(&document));
-    assert_eq!(judge(&demand, &both, &[subject()]), Err(Some(SignatureFlaw::Format)));
+    assert_eq!(judge(&demand, &both, &[subject()]), Err(Some(SignatureFlaw::Format(NOT_ONE))));
     // It is no statement, so it attests nothing and has no annotations.
     let of = |statement| SignatureDemand { statements: Arc::new([statement]), ..demand.clone() };
     let signature = || demand.statements[0].clone();
