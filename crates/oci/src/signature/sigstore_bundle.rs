@@ -57,13 +57,14 @@ struct BundleKind {
     message_signature: Option<IgnoredAny>,
 }
 
-/// The certificates of a keyless signature, whose content does not matter here.
+/// The kinds of material, whose content does not matter here.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct VerificationMaterial {
     certificate: Option<IgnoredAny>,
     #[serde(rename = "x509CertificateChain")]
     certificates: Option<IgnoredAny>,
+    public_key: Option<IgnoredAny>,
 }
 
 #[derive(Deserialize)]
@@ -96,6 +97,12 @@ struct StatementSubject {
 }
 
 impl VerificationMaterial {
+    /// Returns whether it names one signer at most. Two readers could choose different ones.
+    fn is_clear(&self) -> bool {
+        let kinds = [&self.certificate, &self.certificates, &self.public_key];
+        kinds.into_iter().flatten().count() <= 1
+    }
+
     fn has_certificate(&self) -> bool {
         self.certificate.is_some() || self.certificates.is_some()
     }
@@ -121,6 +128,9 @@ pub(super) fn verify(
         .map_err(|_| SignatureFlaw::Format("it is no JSON of a bundle"))?;
     if !is_media_type(&parsed.media_type) {
         return Err(Some(SignatureFlaw::Format("the media type of the bundle is not known")));
+    }
+    if !parsed.verification_material.is_clear() {
+        return Err(Some(SignatureFlaw::Format("it has more than one certificate or key")));
     }
     let by_identity = !demand.signers.identities.is_empty();
     let is_keyless = by_identity && parsed.verification_material.has_certificate();

@@ -151,6 +151,11 @@ fn invalid_signatures_have_different_flaws() {
         ("/dsseEnvelope/payloadType", json!("text/plain"), "its envelope is not of in-toto"),
         ("/dsseEnvelope/payload", json!("*"), "a part of it is no base64"),
         ("/verificationMaterial", json!(1), "it is no JSON of a bundle"),
+        (
+            "/verificationMaterial",
+            json!({"publicKey": {"hint": "x"}, "certificate": {"rawBytes": "MAA="}}),
+            "it has more than one certificate or key",
+        ),
     ] {
         let mut broken = bundle(&pair, subject(), SIGNED);
         *broken.pointer_mut(pointer).expect("a field") = value;
