@@ -238,7 +238,7 @@ impl<'a> SignatureSearch<'a> {
         subject: Digest,
         manifest: Digest,
     ) -> Result<Option<FetchedSignature>, PullError> {
-        // Of a manifest only the bundle's descriptor is held while the bundle is fetched.
+        // Keeps only the descriptor of the bundle: the manifest is dropped before the bundle is fetched.
         let layer = self.signature_manifest(&ManifestName::Digest(manifest)).await?;
         let layers = layer.map(|manifest| manifest.layers).unwrap_or_default();
         let is_bundle = |layer: &Descriptor| sigstore_bundle::is_media_type(&layer.media_type);

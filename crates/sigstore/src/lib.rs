@@ -8,9 +8,11 @@
 //! memory            what a verification takes at most
 //! ring_provider     the cryptography of `sigstore-verify`, by ring
 //! strict_json       JSON without duplicate and unknown fields
+//! json_walk         the values of a JSON document, one after another
 //! ```
 
 pub mod identity;
+mod json_walk;
 pub mod memory;
 mod ring_provider;
 pub mod signature_bundle;

@@ -1,13 +1,12 @@
 //! The memory that a verification of untrusted bytes takes at most, found out without taking it.
 
 use std::borrow::Cow;
-use std::fmt;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
-use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
+use super::json_walk::{JsonObserver, walk};
 use super::signature_bundle::MAXIMUM_PROOF_BYTES;
 
 /// Memory for each byte of a certificate, a log entry or another proof: JSON whose values are as small as they can be.
@@ -54,74 +53,38 @@ pub(crate) fn payload(json: &[u8]) -> Cow<'_, str> {
 
 /// Returns the memory of a JSON document as a tree of values, up to where it is malformed.
 fn of_json(json: &[u8]) -> u64 {
-    let mut bytes = 0;
-    let mut reader = serde_json::Deserializer::from_slice(json);
-    // What comes after an error is not parsed by others either.
-    let _ = Counter(&mut bytes).deserialize(&mut reader);
-    bytes
+    let mut bytes = TreeBytes(0);
+    // Other readers stop at the same error.
+    let _ = walk(json, &mut bytes);
+    bytes.0
 }
 
-/// Adds up the memory of one value at any depth.
-struct Counter<'a>(&'a mut u64);
+/// Adds up the memory of a tree of values.
+struct TreeBytes(u64);
 
-impl<'de> DeserializeSeed<'de> for Counter<'_> {
-    type Value = ();
+impl JsonObserver for TreeBytes {
+    /// The number of fields so far.
+    type Object = u64;
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Counter<'_> {
-    type Value = ();
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("JSON")
-    }
-
-    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_unit<E>(self) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_str<E>(self, text: &str) -> Result<(), E> {
-        *self.0 += ALLOCATION_BYTES + text.len() as u64;
-        Ok(())
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
-        *self.0 += ALLOCATION_BYTES + 2 * LIST_VALUE_BYTES;
-        while list.next_element_seed(Counter(self.0))?.is_some() {
-            *self.0 += LIST_VALUE_BYTES;
+    fn field(&mut self, fields: &mut u64, name: String) -> Result<(), String> {
+        if fields.is_multiple_of(6) {
+            self.0 += OBJECT_NODE_BYTES;
         }
+        *fields += 1;
+        self.text(&name);
         Ok(())
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let mut fields: u64 = 0;
-        while map.next_key_seed(Counter(self.0))?.is_some() {
-            if fields.is_multiple_of(6) {
-                *self.0 += OBJECT_NODE_BYTES;
-            }
-            fields += 1;
-            map.next_value_seed(Counter(self.0))?;
-        }
-        Ok(())
+    fn text(&mut self, text: &str) {
+        self.0 += ALLOCATION_BYTES + text.len() as u64;
+    }
+
+    fn list(&mut self) {
+        self.0 += ALLOCATION_BYTES + 2 * LIST_VALUE_BYTES;
+    }
+
+    fn list_value(&mut self) {
+        self.0 += LIST_VALUE_BYTES;
     }
 }
 

@@ -189,7 +189,7 @@ impl SignatureBundle {
             timestamp.map(serde_json::from_str).transpose().map_err(malformed)?;
         let timestamps =
             timestamp.iter().map(|stamp| json!({"signedTimestamp": stamp.signed_timestamp}));
-        // Of these versions, the first wants the promise of a log, and the third accepts a signature without one.
+        // Version 0.1 needs the promise of a log. Version 0.3 accepts a signature without a log.
         let media_type = match &entries {
             Some(_) => "application/vnd.dev.sigstore.bundle+json;version=0.1",
             None => "application/vnd.dev.sigstore.bundle.v0.3+json",

@@ -3,76 +3,27 @@
 //! Two readers of a document with a duplicate field may see two different documents.
 
 use std::collections::BTreeSet;
-use std::fmt;
 
-use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use super::json_walk::{JsonObserver, walk};
 
 /// Checks a document. Any field is known if there is no list.
 pub(crate) fn check(json: &[u8], known: Option<&[&str]>) -> Result<(), serde_json::Error> {
-    let mut reader = serde_json::Deserializer::from_slice(json);
-    StrictValue(known).deserialize(&mut reader)?;
-    reader.end()
+    walk(json, &mut FieldCheck(known))
 }
 
-/// A value at any depth, with the fields that are known.
-#[derive(Clone, Copy)]
-struct StrictValue<'a>(Option<&'a [&'a str]>);
+/// Refuses duplicate fields, and those that are not in the list.
+struct FieldCheck<'a>(Option<&'a [&'a str]>);
 
-impl<'de> DeserializeSeed<'de> for StrictValue<'_> {
-    type Value = ();
+impl JsonObserver for FieldCheck<'_> {
+    type Object = BTreeSet<String>;
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for StrictValue<'_> {
-    type Value = ();
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("JSON")
-    }
-
-    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_str<E>(self, _: &str) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_unit<E>(self) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
-        while list.next_element_seed(self)?.is_some() {}
-        Ok(())
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let mut names = BTreeSet::new();
-        while let Some(name) = map.next_key::<String>()? {
-            let shown = text::printable::excerpt(&name, 40);
-            if self.0.is_some_and(|known| !known.contains(&name.as_str())) {
-                return Err(A::Error::custom(format_args!("the field \"{shown}\" is not known")));
-            }
-            if !names.insert(name) {
-                return Err(A::Error::custom(format_args!("the field \"{shown}\" is there twice")));
-            }
-            map.next_value_seed(self)?;
+    fn field(&mut self, names: &mut BTreeSet<String>, name: String) -> Result<(), String> {
+        let shown = text::printable::excerpt(&name, 40);
+        if self.0.is_some_and(|known| !known.contains(&name.as_str())) {
+            return Err(format!("the field \"{shown}\" is not known"));
+        }
+        if !names.insert(name) {
+            return Err(format!("the field \"{shown}\" is there twice"));
         }
         Ok(())
     }

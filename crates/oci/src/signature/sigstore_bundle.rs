@@ -3,8 +3,8 @@
 //! cosign and GitHub sign an in-toto statement in a DSSE envelope. sigstore-python, and all that signs files, signs
 //! the bytes of the manifest itself, which says nothing else: it has no annotations and is no attestation.
 //!
-//! With a public key, the signature suffices: the log entry and the timestamps are ignored. With a
-//! certificate, the crate `sigstore` verifies them.
+//! A signature of a public key needs no log entry and no timestamp: they are ignored. The crate
+//! `sigstore` verifies those of a signature with a certificate.
 
 use std::collections::BTreeMap;
 
@@ -199,7 +199,7 @@ fn verify_keyless_statement(
 ) -> Result<AcceptedSignature, Option<SignatureFlaw>> {
     let bundle = SignatureBundle::parse(json).map_err(SignatureFlaw::Keyless)?;
     let payload = bundle.statement().ok_or(SignatureFlaw::Format("it has no statement"))?;
-    // What is read here is believed only after the verification, which compares the subject again.
+    // The statement is not verified yet. The verification below compares its subject again.
     let subject = signed_subject(payload, subjects, demand)?;
     let verify = |root: &TrustRoot| bundle.verify_statement(subject, root);
     Ok(demand.signers.identity(subject, &bundle, verify)?)
