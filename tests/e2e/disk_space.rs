@@ -20,7 +20,10 @@ fn quota(bytes: &str, more: &str) -> String {
 /// Pushes an artifact of one file of this many MiB.
 fn artifact(node: &Node, mebibytes: usize) -> String {
     let repository = unique("room");
-    let seed = u64::from(repository.bytes().map(u32::from).sum::<u32>());
+    // The sum of the bytes would be the same for some names, and so would the artifacts.
+    let seed = repository
+        .bytes()
+        .fold(0, |seed: u64, byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)));
     let content = noise(mebibytes << 20, seed);
     Manifest::artifact([Layer::titled("file", content)]).push(registry(), &repository, "v1");
     node.proxy.reference(&format!("{repository}:v1"))

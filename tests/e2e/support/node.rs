@@ -103,10 +103,10 @@ impl Node {
     }
 }
 
-/// Returns the head of every configuration: no floor of free space, as other processes may fill a test's disk.
+/// Returns the head of every configuration: no limits on free space, as other processes may fill a test's disk.
 pub fn configuration_head() -> &'static str {
     "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n\
-     cache: {minFreePercent: 0, minFreeInodesPercent: 0}\n"
+     cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, lowThresholdPercent: 100}\n"
 }
 
 fn hosts_folder(registry: &str) -> String {
