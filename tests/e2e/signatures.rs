@@ -2,14 +2,15 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
+use std::time::Duration;
 
 use serde_json::json;
 use tonic::Code;
 
 use crate::support::{
     Admin, Answer, Contents as _, Cosign, FakeRegistry, Format, Image, Layer, Manifest, Node,
-    OCI_INDEX, OCI_MANIFEST, Port, Tar, configuration_head, digest, node_architecture, push_index,
-    registry, run, small_artifact, tool, unique,
+    OCI_INDEX, OCI_MANIFEST, Port, Tar, Tree, configuration_head, digest, node_architecture,
+    push_index, registry, run, small_artifact, tool, unique,
 };
 
 /// Starts a node that demands this key's signature.
@@ -289,6 +290,28 @@ fn warn_mounts_and_says_so_and_a_volume_can_demand_more() {
     assert_eq!(warnings(), "1", "a refusal and what is signed warn of nothing");
     node.kubelet.unpublish(&demanding);
     node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn cached_content_waits_for_no_registry_where_a_policy_only_warns() {
+    let folder = folder();
+    let signer = Cosign::new(folder.path(), "release");
+    let lines = policy_with(("release", &signer), ", mode: Warn");
+    let node = Node::start_configured(|_| {}, &lines);
+    let reference = node.proxy.reference(&small_artifact().name);
+    let (first, tree) = node.mount(&reference);
+    node.kubelet.unpublish(&first);
+    node.proxy.go_down();
+    // Connections are accepted by the kernel, and nothing is answered.
+    let hanging = std::net::TcpListener::bind(node.proxy.host()).expect("the registry's address");
+    let second = node.kubelet.new_volume(&reference);
+    // The driver waits 30 seconds for an answer.
+    let published = node.kubelet.publish_within(&second, Duration::from_secs(20));
+    published.expect("mounted without an answer");
+    assert_eq!(Tree::of(second.target()), tree);
+    let asked = hanging.accept();
+    asked.expect("the signature is looked for in the background");
+    node.kubelet.unpublish(&second);
 }
 
 #[test]

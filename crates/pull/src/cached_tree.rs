@@ -6,6 +6,7 @@
 use super::Puller;
 use super::artifact_request::{PullPolicy, Want};
 use super::signature_verification;
+use oci::signature::{SignatureMode, SignedObject};
 use store::object_name::ObjectName;
 use store::{Tree, TreeKey};
 
@@ -20,7 +21,7 @@ impl Puller {
     }
 
     /// Returns the key of the wanted tree if its content is proven for this caller and has the demanded
-    /// signature. Blocking.
+    /// signature, or is only warned of. Blocking.
     pub(super) fn cached_key(&self, want: &Want) -> Option<TreeKey> {
         if want.policy == PullPolicy::Always {
             return None;
@@ -35,10 +36,15 @@ impl Puller {
         if !store.origins().tree_came_from(&known.sources, key) {
             return None;
         }
-        let is_verified = want.signature.as_ref().is_none_or(|demand| {
-            signature_verification::is_verified(store, repository, known.digests, demand)
-        });
-        let fits = || resolver.known.check_bytes(want, manifest).is_ok();
-        (is_verified && fits()).then_some(key)
+        if let Some(demand) = &want.signature
+            && !signature_verification::is_verified(store, repository, known.digests, demand)
+        {
+            if demand.mode == SignatureMode::Enforce {
+                return None;
+            }
+            let id = demand.id(SignedObject::Manifest);
+            self.verify_later(want, (repository.clone(), manifest, id));
+        }
+        resolver.known.check_bytes(want, manifest).is_ok().then_some(key)
     }
 }

@@ -11,7 +11,8 @@
 //!   credentials_verification  when an earlier answer needs no new proof
 //!   manifest_fetch            the index, the manifest and the configuration from a registry
 //!   access_proofs             whether a credential opens a manifest
-//! signature_verification      verifying the signatures of an artifact; signature_search: finding them
+//! signature_verification      verifying the signatures of an artifact; signature_search: finding them;
+//!                             deferred_verification: after the mount, where a policy only warns
 //!
 //! artifact_tree               the tree assembler: manifest -> tree
 //!   tree_shape                what a volume shows of a manifest
@@ -61,6 +62,7 @@ mod cpu_idle;
 mod credential_candidates;
 mod credential_offers;
 mod credentials_verification;
+mod deferred_verification;
 mod disk_space_claim;
 pub mod download_resources;
 mod download_throttle;
@@ -110,6 +112,7 @@ use composite_tree::Composer;
 use compute_budget::Computations;
 use content_repair::ContentReader;
 use credential_offers::Source;
+use deferred_verification::DeferredVerifications;
 use disk_space_claim::SpaceReserver;
 use download_resources::{Observer, Wire};
 use downloader::Downloader;
@@ -160,6 +163,7 @@ pub struct Puller(Arc<Parts>);
 struct Parts {
     resolver: Arc<Resolver>,
     signatures: SignatureVerifier,
+    deferred: DeferredVerifications,
     assembler: Arc<TreeAssembler>,
     composer: Arc<Composer>,
     reader: Arc<ContentReader>,
@@ -323,6 +327,7 @@ impl Puller {
         Self(Arc::new(Parts {
             resolver,
             signatures,
+            deferred: DeferredVerifications::new(runway.clone()),
             assembler,
             composer,
             reader,

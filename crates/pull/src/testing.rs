@@ -239,6 +239,12 @@ pub(super) fn store_in(folder: &std::path::Path) -> Store {
     Store::open(folder, StoreOptions { cache, ..StoreOptions::default() }).expect("a store")
 }
 
+/// Returns an environment of flights that nothing stops.
+pub(super) fn runway() -> Runway {
+    let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
+    Runway { tracker, shutdown, background: Background::none() }
+}
+
 /// A node with an empty store.
 pub(super) struct TestNode {
     pub(super) folder: TempDir,
@@ -266,9 +272,7 @@ impl TestNode {
             memory: Some(MemoryPlan::default_bytes(None)),
             ..PullOptions::default()
         };
-        let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
-        let runway = Runway { tracker, shutdown, background: Background::none() };
-        let puller = Puller::new(store, sources, options, Arc::new(Unobserved), &runway);
+        let puller = Puller::new(store, sources, options, Arc::new(Unobserved), &runway());
         Self { folder, puller }
     }
 
