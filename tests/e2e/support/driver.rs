@@ -8,6 +8,8 @@ use std::{
 };
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
 
 use super::{Kubelet, Sandbox, registry::ending_with_this_thread, wait_until};
 
@@ -224,14 +226,19 @@ impl Driver {
         self.signal(Signal::SIGTERM);
     }
 
-    /// Kills it while callers still wait for its responses.
+    /// Kills it while callers still wait for its responses. Afterwards none of its sockets accepts connections.
     pub fn terminate_hard(&self) {
         self.signal(Signal::SIGKILL);
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        waitid(Id::Pid(self.process()), flags).expect("the driver's end");
+    }
+
+    fn process(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).expect("a process id"))
     }
 
     fn signal(&self, signal: Signal) {
-        let process = i32::try_from(self.child.id()).expect("a process id");
-        kill(nix::unistd::Pid::from_raw(process), signal).expect("a signal to the driver");
+        kill(self.process(), signal).expect("a signal to the driver");
     }
 
     /// Waits for its orderly end after [`Self::terminate`].
