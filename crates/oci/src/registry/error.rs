@@ -118,8 +118,8 @@ pub enum RegistryError {
         /// Error of rustls.
         reason: String,
     },
-    /// A timeout without a response.
-    #[error("{host} sent nothing for {} seconds while asked for {what}: it is asked again later",
+    /// A timeout without a response, or with one that is too slow.
+    #[error("{host} sent nothing, or too little, for {} seconds while asked for {what}: it is asked again later",
         .waited.as_secs())]
     Timeout {
         /// Host of the connection.
