@@ -315,6 +315,25 @@ fn cached_content_waits_for_no_registry_where_a_policy_only_warns() {
 }
 
 #[test]
+fn what_was_warned_of_is_refused_once_the_policy_enforces() {
+    let folder = folder();
+    let signer = Cosign::new(folder.path(), "release");
+    let policy = |mode| policy_with(("release", &signer), mode);
+    let node = Node::start_configured(|_| {}, &policy(", mode: Warn"));
+    let artifact = small_artifact();
+    let reference = node.proxy.reference(&artifact.name);
+    let pulled = node.mount(&reference).0;
+    let cached = node.mount(&reference).0;
+    node.reconfigure(&policy(""));
+    node.kubelet.publish_badly(&node.kubelet.new_volume(&reference), Code::FailedPrecondition);
+    signer.sign(Format::Bundle, registry(), &artifact.repository, &artifact.digest);
+    let verified = node.mount(&reference).0;
+    for volume in [pulled, cached, verified] {
+        node.kubelet.unpublish(&volume);
+    }
+}
+
+#[test]
 fn require_signature_uses_the_nodes_keys_and_only_the_formats_that_count() {
     let folder = folder();
     let signer = Cosign::new(folder.path(), "release");
