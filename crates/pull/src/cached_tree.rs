@@ -36,6 +36,7 @@ impl Puller {
         if !store.origins().tree_came_from(&known.sources, key) {
             return None;
         }
+        resolver.known.check_bytes(want, manifest).ok()?;
         if let Some(demand) = &want.signature
             && !signature_verification::is_verified(store, repository, known.digests, demand)
         {
@@ -45,6 +46,6 @@ impl Puller {
             let id = demand.id(SignedObject::Manifest);
             self.verify_later(want, (repository.clone(), manifest, id));
         }
-        resolver.known.check_bytes(want, manifest).is_ok().then_some(key)
+        Some(key)
     }
 }

@@ -3,70 +3,64 @@
 //! Such a rule refuses nothing, so a publish of cached content does not wait for a registry that is slow or down. A pull
 //! waits: its warning comes before its mount.
 
-use std::collections::HashMap;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use sys::lru_map::LruMap;
+use tokio::sync::OwnedMutexGuard;
+use tokio::time::Instant;
 
 use super::Puller;
 use super::artifact_request::Want;
+use super::keyed_locks::KeyedLocks;
+use super::pull_tenant::Tenant;
 use super::single_flight::Runway;
 use oci::{Digest, Repository};
 
 /// Time after which the registry is asked again for signatures that were not found.
 const INTERVAL: Duration = Duration::from_mins(10);
-/// Verifications at once. Others wait for a later publish.
-const AT_ONCE: usize = 4;
-/// Maximum number of verifications within [`INTERVAL`].
+/// Maximum number of recorded verifications. Evicting one costs another verification.
 const MAXIMUM: usize = 1024;
 
 /// A manifest of a repository, and the hash of the demand.
 pub(super) type DeferredKey = (Repository, Digest, Digest);
 
-/// The verifications that have begun lately.
+/// The verifications that have begun lately. Each tenant has at most one at a time, so that none waits for those of others.
 pub(super) struct DeferredVerifications {
-    begun: Mutex<HashMap<DeferredKey, Instant>>,
-    places: Arc<Semaphore>,
+    begun: Mutex<LruMap<DeferredKey, Instant>>,
+    turns: KeyedLocks<Tenant>,
     runway: Runway,
 }
 
 impl DeferredVerifications {
     pub(super) fn new(runway: Runway) -> Self {
-        Self { begun: Mutex::default(), places: Arc::new(Semaphore::new(AT_ONCE)), runway }
+        Self { begun: Mutex::new(LruMap::new(MAXIMUM)), turns: KeyedLocks::default(), runway }
     }
 
-    /// Returns a place for a verification, unless the same one began lately or too many did.
-    fn begin(&self, key: DeferredKey, now: Instant) -> Option<OwnedSemaphorePermit> {
+    /// Returns the tenant's turn, unless it is taken, or the same verification began lately.
+    fn begin(&self, tenant: &Tenant, key: DeferredKey) -> Option<OwnedMutexGuard<()>> {
         let mut begun = self.begun.lock();
-        let is_recent = |since: &Instant| now.saturating_duration_since(*since) < INTERVAL;
-        if begun.get(&key).is_some_and(is_recent) {
+        if begun.get(&key).is_some_and(|since| since.elapsed() < INTERVAL) {
             return None;
         }
-        let place = Arc::clone(&self.places).try_acquire_owned().ok()?;
-        begun.retain(|_, since| is_recent(since));
-        if begun.len() >= MAXIMUM {
-            return None;
-        }
-        begun.insert(key, now);
-        Some(place)
+        let turn = self.turns.try_lock(tenant.clone())?;
+        begun.insert(key, Instant::now());
+        Some(turn)
     }
 }
 
 impl Puller {
-    /// Verifies the signatures of cached content in the background, and warns. Does nothing if that began lately.
+    /// Verifies the signatures of cached content in the background, and warns. Does nothing if that began lately, or
+    /// the tenant has another verification under way.
     pub(super) fn verify_later(&self, want: &Want, key: DeferredKey) {
         let deferred = &self.0.deferred;
-        let Some(place) = deferred.begin(key, Instant::now()) else { return };
+        let Some(turn) = deferred.begin(&want.tenant, key) else { return };
         let (puller, want, shutdown) =
             (self.clone(), want.clone(), deferred.runway.shutdown.clone());
         let verification = async move {
-            let _place = place;
-            match puller.0.resolver.resolve(&want).await {
-                Ok(resolved) => puller.0.signatures.verify(&want, &resolved).await,
-                Err(error) => Err(error),
-            }
+            let _turn = turn;
+            let resolved = puller.0.resolver.resolve(&want).await?;
+            puller.0.signatures.verify(&want, &resolved).await
         };
         deferred.runway.tracker.spawn(async move {
             // A warning is all that comes of it, and verify has logged that.
@@ -77,44 +71,37 @@ impl Puller {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{TestNode, TestRegistry, file_layer};
+    use super::super::testing::{TestNode, TestRegistry, file_layer, runway};
     use super::*;
     use oci::Reference;
     use oci::signature::{SignatureDemand, SignatureMode, Signers};
 
-    fn keys() -> impl Iterator<Item = DeferredKey> {
+    fn key(number: usize) -> DeferredKey {
         let reference = "registry.example/models:v1".parse::<Reference>().expect("one");
-        let digest = |number: u32| Digest::of(&number.to_le_bytes());
-        (0..).map(move |number| (reference.repository().clone(), digest(number), digest(0)))
+        (reference.repository().clone(), Digest::of(&number.to_le_bytes()), Digest::of(b"demand"))
     }
 
-    fn deferred() -> DeferredVerifications {
-        DeferredVerifications::new(super::super::testing::runway())
-    }
-
-    #[test]
-    fn one_verification_begins_once_in_an_interval() {
-        let (deferred, start) = (deferred(), Instant::now());
-        let key = keys().next().expect("a key");
-        assert!(deferred.begin(key.clone(), start).is_some());
-        assert!(deferred.begin(key.clone(), start + INTERVAL / 2).is_none());
-        assert!(deferred.begin(key, start + INTERVAL).is_some());
+    #[tokio::test(start_paused = true)]
+    async fn one_verification_begins_once_in_an_interval() {
+        let deferred = DeferredVerifications::new(runway());
+        let begins = || deferred.begin(&Tenant::Admin, key(0)).is_some();
+        assert!(begins());
+        tokio::time::advance(INTERVAL / 2).await;
+        assert!(!begins());
+        tokio::time::advance(INTERVAL / 2).await;
+        assert!(begins());
     }
 
     #[test]
-    fn their_number_is_bounded() {
-        let (deferred, start) = (deferred(), Instant::now());
-        let places: Vec<_> =
-            keys().filter_map(|key| deferred.begin(key, start)).take(AT_ONCE).collect();
-        let late = keys().nth(AT_ONCE).expect("a key");
-        assert!(deferred.begin(late.clone(), start).is_none(), "all places are taken");
-        drop(places);
-        let begun = keys()
-            .skip(AT_ONCE)
-            .take(MAXIMUM)
-            .filter(|key| deferred.begin(key.clone(), start).is_some());
-        assert_eq!(begun.count(), MAXIMUM - AT_ONCE);
-        assert!(deferred.begin(late, start + INTERVAL).is_some(), "old ones are forgotten");
+    fn one_tenant_keeps_no_other_from_a_verification() {
+        let deferred = DeferredVerifications::new(runway());
+        let (hostile, other) = (Tenant::Pod("hostile".into()), Tenant::Pod("other".into()));
+        for number in 0..MAXIMUM {
+            assert!(deferred.begin(&hostile, key(number)).is_some());
+        }
+        let _turn = deferred.begin(&hostile, key(MAXIMUM)).expect("its only turn");
+        assert!(deferred.begin(&hostile, key(MAXIMUM + 1)).is_none());
+        assert!(deferred.begin(&other, key(MAXIMUM + 1)).is_some());
     }
 
     #[tokio::test]

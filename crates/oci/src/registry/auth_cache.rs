@@ -11,9 +11,9 @@ use super::auth_challenge::Challenge;
 use super::bearer_token::{self, FetchedToken, TokenCache};
 use super::error::{self, RegistryError};
 use super::exchange::Exchange;
-use super::lru_map::LruMap;
 use crate::Repository;
 use crate::credentials::Credential;
+use sys::lru_map::LruMap;
 
 /// Maximum number of repositories with a cached challenge. Evicting one costs a request.
 const MAXIMUM_CHALLENGES: usize = 2048;

@@ -25,11 +25,11 @@ use tokio::time::Instant;
 use super::error::{self, RegistryError, ShownCredential};
 use super::exchange::Exchange;
 use super::http_transport::{HttpRequest, HttpResponse, Transport};
-use super::lru_map::LruMap;
 use super::redirect_rules;
 use super::registry_endpoint::RegistryEndpoint;
 use crate::Repository;
 use crate::credentials::Credential;
+use sys::lru_map::LruMap;
 
 /// Maximum number of cached tokens: pods with distinct credentials and repositories in use at a
 /// time.

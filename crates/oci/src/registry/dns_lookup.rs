@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use super::lru_map::LruMap;
+use sys::lru_map::LruMap;
 
 const NEW_NAMES: usize = 32;
 const KNOWN_NAMES: usize = 32;

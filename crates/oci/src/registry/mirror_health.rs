@@ -9,8 +9,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::lru_map::LruMap;
 use crate::Digest;
+use sys::lru_map::LruMap;
 
 /// Maximum number of recorded failures. Evicting one costs a transfer.
 const MAXIMUM_MARKS: usize = 1024;

@@ -63,7 +63,6 @@ mod host_failover;
 pub mod hosts;
 mod http_clients;
 mod http_transport;
-mod lru_map;
 mod mirror_health;
 mod plain_http;
 mod redirect_rules;
@@ -108,13 +107,13 @@ use self::exchange::Exchange;
 use self::host_failover::HostFailover;
 use self::hosts::RegistryHosts;
 use self::http_transport::{HttpResponse, Transport};
-use self::lru_map::LruMap;
 use self::mirror_health::{MirrorFailures, MirrorHealth};
 use self::registry_backoff::RegistryBackoff;
 use self::registry_endpoint::RegistryEndpoint;
 use self::registry_request::{RegistryRequest, RequiredCapability};
 use super::credentials::Credential;
 use super::{Digest, Repository};
+use sys::lru_map::LruMap;
 
 /// Maximum number of unreachable registries that are remembered. Evicting one costs a connection
 /// timeout.

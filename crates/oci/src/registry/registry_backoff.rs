@@ -19,10 +19,10 @@ use sha2::Digest as _;
 use tokio::time::Instant;
 
 use super::error::{self, RegistryError};
-use super::lru_map::LruMap;
 use crate::Repository;
 use crate::backoff::RetryBackoff;
 use crate::credentials::Credential;
+use sys::lru_map::LruMap;
 
 /// Maximum number of entries of each map. Evicting one costs a request.
 const MAXIMUM_REMEMBERED: usize = 4096;

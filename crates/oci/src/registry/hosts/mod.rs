@@ -22,9 +22,9 @@ pub use hosts_toml::{HostEntry, HostsFile};
 
 use super::error::{self, RegistryError};
 use super::http_transport::Transport;
-use super::lru_map::LruMap;
 use super::redirect_rules;
 use super::registry_endpoint::{self, RegistryEndpoint};
+use sys::lru_map::LruMap;
 use sys::reload::{FileBacked, FileVersions};
 
 /// Maximum number of registries with cached endpoints. Evicting one costs a read of its files.

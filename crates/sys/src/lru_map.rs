@@ -5,25 +5,28 @@ use std::hash::Hash;
 
 /// A map of at most `capacity` entries. Eviction scans all of them: meant for hundreds of entries,
 /// next to requests that take milliseconds.
-pub(super) struct LruMap<K, V> {
+pub struct LruMap<K, V> {
     entries: HashMap<K, (u64, V)>,
     capacity: usize,
     clock: u64,
 }
 
 impl<K: Hash + Eq + Clone, V: Clone> LruMap<K, V> {
-    pub(super) fn new(capacity: usize) -> Self {
+    /// Creates a map without entries.
+    pub fn new(capacity: usize) -> Self {
         Self { entries: HashMap::new(), capacity, clock: 0 }
     }
 
-    pub(super) fn get(&mut self, key: &K) -> Option<V> {
+    /// Returns the value of a key, and marks it as used.
+    pub fn get(&mut self, key: &K) -> Option<V> {
         self.clock += 1;
         let (used, value) = self.entries.get_mut(key)?;
         *used = self.clock;
         Some(value.clone())
     }
 
-    pub(super) fn insert(&mut self, key: K, value: V) {
+    /// Inserts a value. In a full map it replaces the least recently used entry.
+    pub fn insert(&mut self, key: K, value: V) {
         self.clock += 1;
         if !self.entries.contains_key(&key) && self.entries.len() >= self.capacity {
             let oldest = self.entries.iter().min_by_key(|(_, (used, _))| *used);
@@ -34,7 +37,8 @@ impl<K: Hash + Eq + Clone, V: Clone> LruMap<K, V> {
         self.entries.insert(key, (self.clock, value));
     }
 
-    pub(super) fn remove(&mut self, key: &K) {
+    /// Removes a key.
+    pub fn remove(&mut self, key: &K) {
         self.entries.remove(key);
     }
 }
