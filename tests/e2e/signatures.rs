@@ -10,7 +10,7 @@ use tonic::Code;
 use crate::support::{
     Admin, Answer, Contents as _, Cosign, FakeRegistry, Format, Image, Layer, Manifest, Node,
     OCI_INDEX, OCI_MANIFEST, Port, Tar, Tree, configuration_head, digest, node_architecture,
-    push_index, registry, run, small_artifact, tool, unique,
+    push_index, registry, run, small_artifact, tool, unique, wait_until,
 };
 
 /// Starts a node that demands this key's signature.
@@ -309,8 +309,8 @@ fn cached_content_waits_for_no_registry_where_a_policy_only_warns() {
     let published = node.kubelet.publish_within(&second, Duration::from_secs(20));
     published.expect("mounted without an answer");
     assert_eq!(Tree::of(second.target()), tree);
-    let asked = hanging.accept();
-    asked.expect("the signature is looked for in the background");
+    hanging.set_nonblocking(true).expect("an option of a socket");
+    wait_until("the signature is looked for in the background", || hanging.accept().is_ok());
     node.kubelet.unpublish(&second);
 }
 

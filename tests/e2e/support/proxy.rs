@@ -1,12 +1,15 @@
 //! A proxy in front of a registry that counts requests, holds them back, and can be down.
 
 use std::{
-    net::SocketAddr,
+    io,
+    net::{Shutdown, SocketAddr},
     os::fd::AsFd as _,
+    pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    task::{Context, Poll},
 };
 
 use axum::{
@@ -17,7 +20,11 @@ use axum::{
     response::Response,
 };
 use futures_util::{Stream, StreamExt as _, stream};
-use tokio::sync::watch;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    sync::watch,
+};
 
 use super::{Port, Registry, stop_listening};
 
@@ -79,15 +86,15 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves on this address (port 0: any). Returns the actual address.
+    /// Serves on this address (port 0: any). Returns the actual address. Its end closes all connections.
     pub fn start(address: SocketAddr, router: Router) -> (Self, SocketAddr) {
         let (stop, mut stopped) = watch::channel(false);
         let (sender, receiver) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
             super::block_on(async {
-                let listener = listen(address).await;
-                let copy = listener.as_fd().try_clone_to_owned().expect("a copy of the socket");
-                let _ = sender.send(listener.local_addr().expect("an address"));
+                let listener = Listener(listen(address).await);
+                let copy = listener.0.as_fd().try_clone_to_owned().expect("a copy of the socket");
+                let _ = sender.send(listener.0.local_addr().expect("an address"));
                 tokio::select! {
                     result = axum::serve(listener, router) => result.expect("the server"),
                     _ = stopped.wait_for(|stopped| *stopped) => {}
@@ -98,6 +105,62 @@ impl Server {
         });
         let address = receiver.recv().expect("the server's address");
         (Self { stop, thread: Some(thread) }, address)
+    }
+}
+
+/// A listener whose connections end when they are dropped, also where a process that another thread has just forked
+/// still holds copies of them.
+struct Listener(tokio::net::TcpListener);
+
+struct Connection(TcpStream);
+
+impl axum::serve::Listener for Listener {
+    type Io = Connection;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Connection, SocketAddr) {
+        let (stream, address) = axum::serve::Listener::accept(&mut self.0).await;
+        (Connection(stream), address)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let copy = self.0.as_fd().try_clone_to_owned().expect("a copy of the socket");
+        // The peer may have ended it before.
+        let _ = std::net::TcpStream::from(copy).shutdown(Shutdown::Both);
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(context)
     }
 }
 

@@ -163,7 +163,7 @@ impl Transport {
     }
 
     /// Sends a request and follows redirects by the rules of [`redirect_rules`]. Returns any other status
-    /// as a response.
+    /// as a response. A request whose connection ends before the response is sent once more.
     pub(super) async fn send(
         &self,
         request: HttpRequest<'_>,
@@ -191,7 +191,12 @@ impl Transport {
                     .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
                     .body(form.clone());
             }
-            let response = builder.send().await.map_err(|error| failure(error, &host, what))?;
+            let again = if form.is_none() { builder.try_clone() } else { None };
+            let response = match (builder.send().await, again) {
+                (Err(error), Some(again)) if is_lost(&error) => again.send().await,
+                (result, _) => result,
+            };
+            let response = response.map_err(|error| failure(error, &host, what))?;
             if !response.status().is_redirection() || form.is_some() {
                 let (with_credential, unchallenged) = (false, false);
                 return Ok(HttpResponse {
@@ -386,6 +391,12 @@ pub(super) fn failure(error: reqwest::Error, host: &str, what: &str) -> Registry
         return RegistryError::Unreachable { host, what, reason };
     }
     RegistryError::Unreachable { host, what, reason }
+}
+
+/// Returns whether a connection ended before its response. Registries and load balancers close idle connections at any
+/// time, so one that is reused may end just when the request is sent.
+fn is_lost(error: &reqwest::Error) -> bool {
+    error.is_request() && !error.is_connect() && !error.is_timeout()
 }
 
 /// Percent-encodes bytes of a header beyond ASCII: storage puts file names into its URLs unencoded.

@@ -1261,6 +1261,37 @@ async fn a_broken_connection_is_an_error() {
     assert!(matches!(error, RegistryError::Unreachable { .. }) && error.is_transient());
 }
 
+#[tokio::test]
+async fn a_connection_that_ends_before_a_response_is_replaced_once() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let repository = repository(&format!("{}/team/app", listener.local_addr().unwrap()));
+    tokio::spawn(async move {
+        let received = async |connection: &mut tokio::net::TcpStream| {
+            assert_ne!(connection.read(&mut [0; 4096]).await.unwrap(), 0);
+        };
+        // The number of requests that each connection answers. It ends at the next one.
+        for answered in [1, 1, 0] {
+            let (mut connection, _) = listener.accept().await.unwrap();
+            for _ in 0..answered {
+                received(&mut connection).await;
+                let response = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}";
+                connection.write_all(response).await.unwrap();
+            }
+            received(&mut connection).await;
+        }
+    });
+    let registry = registry();
+    let fetch = async || {
+        let client = registry.at(&repository, &Credential::Anonymous);
+        client.manifest(&tag()).await.map(|fetched| fetched.bytes)
+    };
+    assert_eq!(fetch().await, Ok("{}".into()));
+    assert_eq!(fetch().await, Ok("{}".into()), "the second connection");
+    let error = discreet(fetch().await);
+    assert!(matches!(error, RegistryError::Unreachable { .. }), "{error:?}");
+}
+
 // --- referrers ---
 
 const LIST: &str = r#"{"schemaVersion":2,"manifests":[{}]}"#;
