@@ -8,6 +8,7 @@ use std::{
     fmt::Write as _,
     fs,
     os::unix::fs::PermissionsExt as _,
+    path::Path,
     process::{Command, Output},
 };
 
@@ -15,7 +16,7 @@ use regex::{Captures, Regex};
 
 use crate::support::{
     Admin, Image, Layer, Manifest, Node, OCI_TAR_GZIP, Registry, Sandbox, Tar, Volume,
-    clean_environment, commands, gzip, noise, own_registry, tool, wait_until,
+    clean_environment, commands, gzip, noise, own_registry, run, stop_listening, tool, wait_until,
 };
 
 const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
@@ -294,7 +295,7 @@ fn what_goes_wrong_is_one_line() {
     let mut typed = Transcript::new(&endpoint("none.sock"), &node.sandbox, &registry);
     typed.run(&["status"]);
     // A socket that a node plugin has left behind.
-    drop(
+    stop_listening(
         std::os::unix::net::UnixListener::bind(node.sandbox.path().join("left.sock"))
             .expect("a socket"),
     );
@@ -306,7 +307,8 @@ fn what_goes_wrong_is_one_line() {
     let path = |name: &str| node.sandbox.path().join(name).display().to_string();
     // A user who is not root. The binary must be readable for that user.
     let binary = node.sandbox.path().join("csi-driver-oci");
-    fs::copy(env!("CARGO_BIN_EXE_csi-driver-oci"), &binary).expect("the binary");
+    // Copied by another process: a program cannot run while a process that was just forked here holds it for writing.
+    run(tool("cp").args([Path::new(env!("CARGO_BIN_EXE_csi-driver-oci")), &binary]));
     fs::set_permissions(node.sandbox.path(), fs::Permissions::from_mode(0o755)).expect("a mode");
     let output = tool("setpriv")
         .args(["--reuid=65534", "--regid=65534", "--clear-groups"])

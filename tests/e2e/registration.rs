@@ -14,7 +14,7 @@ use csi_driver_oci::proto::{
     pluginregistration::{InfoRequest, PluginInfo, RegistrationStatus},
 };
 
-use crate::support::{Admin, Driver, DriverOptions, Sandbox, accepts, wait_until};
+use crate::support::{Admin, Driver, DriverOptions, Sandbox, accepts, stop_listening, wait_until};
 
 fn plugin_info(driver: &Driver) -> PluginInfo {
     let socket = driver.options.registration_socket();
@@ -129,7 +129,7 @@ fn a_foreign_stale_socket_is_replaced() {
     let options = DriverOptions::new(&sandbox);
     fs::create_dir_all(options.kubelet.join("plugins_registry")).expect("a folder");
     for socket in [options.registration_socket(), options.socket.clone()] {
-        drop(UnixListener::bind(socket).expect("a socket"));
+        stop_listening(UnixListener::bind(socket).expect("a socket"));
     }
     plugin_info(&options.start());
 }
