@@ -315,7 +315,8 @@ impl ArtifactReader<'_> {
         let demand = check.signature.clone();
         let format = demand.as_ref().map_or(SignatureFormat::Any, |demand| demand.format);
         let (options, limits) = (PullOptions::default(), self.limits.manifest());
-        let mut search = SignatureSearch::new(self.client, options, limits, format, &subjects);
+        let search = SignatureSearch::begin(self.client, options, limits, format, &subjects);
+        let mut search = search.await?;
         let Some(demand) = demand else {
             let mut count = 0;
             return Ok(loop {

@@ -9,8 +9,8 @@ use tonic::Code;
 
 use crate::support::{
     Admin, Answer, Contents as _, Cosign, FakeRegistry, Format, Image, Layer, Manifest, Node,
-    OCI_INDEX, OCI_MANIFEST, Port, Tar, Tree, configuration_head, digest, node_architecture,
-    push_index, registry, run, small_artifact, tool, unique, wait_until,
+    OCI_INDEX, OCI_MANIFEST, Port, SmallArtifact, Tar, Tree, configuration_head, digest,
+    node_architecture, push_index, registry, run, small_artifact, tool, unique, wait_until,
 };
 
 /// Starts a node that demands this key's signature.
@@ -186,48 +186,97 @@ fn copied(repository: &str, name: &str, tag: &str, to: &FakeRegistry) {
 }
 
 #[test]
-fn a_bundle_is_found_by_its_referrers_also_behind_a_mirror_that_knows_none() {
+fn a_bundle_is_found_by_its_referrers_also_behind_a_mirror_that_knows_none_or_others() {
     let folder = folder();
     let signer = Cosign::new(folder.path(), "release");
-    for (mirrored, forgets_kinds) in [(false, false), (false, true), (true, false)] {
+    for (mirrored, mirror_knows_others, forgets_kinds) in
+        [(false, false, false), (false, false, true), (true, false, false), (true, true, false)]
+    {
         let artifact = small_artifact();
         signer.sign(Format::Bundle, registry(), &artifact.repository, &artifact.digest);
-        // The shared registry does not support referrers, so cosign has pushed them under a tag.
-        let tag = artifact.digest.replace(':', "-");
-        let referrers = fetched(&artifact.repository, &format!("manifests/{tag}"));
-        let mut referrers: serde_json::Value = serde_json::from_str(&referrers).expect("an index");
         let (hub, mirror) = (FakeRegistry::new(), FakeRegistry::new());
         copied(&artifact.repository, "v1", "v1", &hub);
         copied(&artifact.repository, "v1", "v1", &mirror);
-        for entry in referrers["manifests"].as_array_mut().expect("entries") {
-            let digest = entry["digest"].as_str().expect("a digest").to_owned();
-            copied(&artifact.repository, &digest, &digest, &hub);
-            if forgets_kinds {
-                entry["artifactType"] = json!("application/vnd.oci.empty.v1+json");
-            }
+        copy_referrers(&artifact, &hub, forgets_kinds);
+        if mirror_knows_others {
+            refer_to(&mirror, &artifact.digest);
         }
-        let path = format!("/v2/hostile/referrers/{}", artifact.digest);
-        let index = referrers.to_string();
-        hub.script(move |request| {
-            let index = Answer::bytes(index.clone()).with_header("content-type", OCI_INDEX);
-            (request.path == path).then_some(index)
-        });
         let node = Node::start_with_hosts(&policy_with(("release", &signer), ""));
         if mirrored {
-            let text = format!(
-                "[host.\"http://{}\"]\ncapabilities = [\"pull\", \"resolve\"]\n",
-                mirror.host()
-            );
-            node.hosts_toml(&hub.host(), &text);
+            node.hosts_toml(&hub.host(), &host_of(&mirror));
         }
         let (volume, _) = node.mount(&hub.reference("v1"));
         assert_eq!(volume.text("file.txt"), artifact.content);
         let asked: Vec<_> = hub.requests().into_iter().map(|request| request.path).collect();
+        let tag = artifact.digest.replace(':', "-");
         assert!(!asked.iter().any(|path| path.ends_with(&tag)), "there was no need for a tag");
         let files = asked.iter().filter(|path| path.contains("/manifests/v1")).count();
         assert_eq!(files == 0, mirrored, "the mirror has the artifact: {asked:?}");
         node.kubelet.unpublish(&volume);
     }
+}
+
+/// Copies what refers to an artifact. The shared registry does not support referrers, so cosign has pushed them under a
+/// tag.
+fn copy_referrers(artifact: &SmallArtifact, to: &FakeRegistry, forgets_kinds: bool) {
+    let tag = artifact.digest.replace(':', "-");
+    let referrers = fetched(&artifact.repository, &format!("manifests/{tag}"));
+    let mut referrers: serde_json::Value = serde_json::from_str(&referrers).expect("an index");
+    for entry in referrers["manifests"].as_array_mut().expect("entries") {
+        let digest = entry["digest"].as_str().expect("a digest").to_owned();
+        copied(&artifact.repository, &digest, &digest, to);
+        if forgets_kinds {
+            entry["artifactType"] = json!("application/vnd.oci.empty.v1+json");
+        }
+    }
+    serve_referrers(to, &artifact.digest, &referrers);
+}
+
+fn serve_referrers(registry: &FakeRegistry, subject: &str, index: &serde_json::Value) {
+    let (path, index) = (format!("/v2/hostile/referrers/{subject}"), index.to_string());
+    registry.script(move |request| {
+        let index = Answer::bytes(index.clone()).with_header("content-type", OCI_INDEX);
+        (request.path == path).then_some(index)
+    });
+}
+
+/// Adds a referrer that is said to be a signature.
+fn refer_to(registry: &FakeRegistry, subject: &str) {
+    let kind = "application/vnd.dev.sigstore.bundle.v0.3+json";
+    let other = Manifest::artifact([Layer::new(kind, "{}")]).push(registry, "hostile", "other");
+    let entry =
+        json!({"mediaType": OCI_MANIFEST, "digest": other, "size": 2, "artifactType": kind});
+    let index = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]});
+    serve_referrers(registry, subject, &index);
+}
+
+/// Returns the `hosts.toml` of a registry with this mirror.
+fn host_of(mirror: &FakeRegistry) -> String {
+    format!("[host.\"http://{}\"]\ncapabilities = [\"pull\", \"resolve\"]\n", mirror.host())
+}
+
+#[test]
+fn a_mirror_with_the_signature_suffices_where_the_registry_is_down() {
+    let folder = folder();
+    let signer = Cosign::new(folder.path(), "release");
+    let stranger = Cosign::new(folder.path(), "stranger");
+    let (artifact, mirror, down) = (small_artifact(), FakeRegistry::new(), Port::new());
+    stranger.sign(Format::Bundle, registry(), &artifact.repository, &artifact.digest);
+    copied(&artifact.repository, "v1", "v1", &mirror);
+    copy_referrers(&artifact, &mirror, false);
+    let node = Node::start_with_hosts(&policy_with(("release", &signer), ""));
+    let host = down.address().to_string();
+    node.hosts_toml(&host, &host_of(&mirror));
+    let volume = node.kubelet.new_volume(&format!("{host}/hostile:v1"));
+    // The registry itself may have the signature.
+    node.kubelet.publish_badly(&volume, Code::Unavailable);
+    let trusting = policy_with(("release", &stranger), "");
+    node.reconfigure(&format!(
+        "registries:\n  hostsDir: \"{}/certs.d\"\n{trusting}",
+        node.sandbox.path().display()
+    ));
+    node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
 }
 
 #[test]

@@ -7,6 +7,9 @@
 //!
 //! Signatures are fetched one at a time, when the one before was not enough. A registry is as untrusted here as with
 //! all else: the search is bounded in number and size, and what it finds counts when it is verified.
+//!
+//! Mirrors are asked first. They may know none of the signatures, a part, or older ones: when those are not enough, the
+//! registry itself is asked for all.
 
 use std::collections::VecDeque;
 
@@ -42,6 +45,8 @@ pub struct SignatureSearch<'a> {
     client: RepositoryClient<'a>,
     options: PullOptions,
     limits: ManifestLimits,
+    /// The client of the registry itself and its steps, while mirrors are asked.
+    registry_itself: Option<(RepositoryClient<'a>, VecDeque<Step>)>,
     /// The work that is left. Earlier steps come first.
     steps: VecDeque<Step>,
     /// The bytes of signatures that were read so far.
@@ -128,50 +133,76 @@ impl FetchedSignature {
     }
 }
 
+fn first_steps(format: SignatureFormat, subjects: &[Digest]) -> VecDeque<Step> {
+    let mut steps = VecDeque::new();
+    for (number, subject) in subjects.iter().enumerate() {
+        if subjects[..number].contains(subject) {
+            continue;
+        }
+        if format != SignatureFormat::Bundle {
+            steps.push_back(Step::Tag { subject: *subject, from: 0 });
+        }
+        if format != SignatureFormat::Legacy {
+            steps.push_back(Step::Referrers(*subject));
+        }
+    }
+    steps
+}
+
 impl<'a> SignatureSearch<'a> {
     /// Begins a search for signatures of these digests, in order.
-    pub fn new(
+    pub async fn begin(
         client: RepositoryClient<'a>,
         options: PullOptions,
         limits: ManifestLimits,
         format: SignatureFormat,
         subjects: &[Digest],
-    ) -> Self {
-        let mut steps = VecDeque::new();
-        for (number, subject) in subjects.iter().enumerate() {
-            if subjects[..number].contains(subject) {
-                continue;
-            }
-            if format != SignatureFormat::Bundle {
-                steps.push_back(Step::Tag { subject: *subject, from: 0 });
-            }
-            if format != SignatureFormat::Legacy {
-                steps.push_back(Step::Referrers(*subject));
-            }
-        }
-        Self { client, options, limits, steps, read_bytes: 0, unread: None }
+    ) -> Result<Self, PullError> {
+        let steps = || first_steps(format, subjects);
+        let (client, registry_itself) = match client.mirrors_and_registry().await? {
+            Some((mirrors, itself)) => (mirrors, Some((itself, steps()))),
+            None => (client, None),
+        };
+        Ok(Self {
+            client,
+            options,
+            limits,
+            registry_itself,
+            steps: steps(),
+            read_bytes: 0,
+            unread: None,
+        })
     }
 
     /// Returns the next signature; `None` if there are no more.
     pub async fn next(&mut self) -> Result<Option<FetchedSignature>, PullError> {
-        while let Some(step) = self.steps.pop_front() {
-            let found = match step {
-                Step::Tag { subject, from } => {
-                    self.look_at_tag(subject, from).await?;
-                    None
-                }
-                Step::Payload(layer) => self.payload(*layer).await?,
-                Step::Referrers(subject) => {
-                    self.look_at_referrers(subject).await?;
-                    None
-                }
-                Step::Referrer { subject, manifest } => self.bundle(subject, manifest).await?,
+        loop {
+            let Some(step) = self.steps.pop_front() else {
+                let Some((client, steps)) = self.registry_itself.take() else {
+                    return Ok(self.unread.take().map(FetchedSignature::unread));
+                };
+                (self.client, self.steps) = (client, steps);
+                continue;
             };
-            if found.is_some() {
-                return Ok(found);
+            match self.take(step).await {
+                Ok(None) => {}
+                Err(PullError::Registry(error)) if self.registry_itself.is_some() => {
+                    tracing::info!(%error, "mirrors were of no use for signatures: the registry itself is asked too");
+                }
+                found => return found,
             }
         }
-        Ok(self.unread.take().map(FetchedSignature::unread))
+    }
+
+    /// Takes a step. Returns the signature that it reads.
+    async fn take(&mut self, step: Step) -> Result<Option<FetchedSignature>, PullError> {
+        match step {
+            Step::Tag { subject, from } => self.look_at_tag(subject, from).await?,
+            Step::Payload(layer) => return self.payload(*layer).await,
+            Step::Referrers(subject) => self.look_at_referrers(subject).await?,
+            Step::Referrer { subject, manifest } => return self.bundle(subject, manifest).await,
+        }
+        Ok(None)
     }
 
     /// Puts steps before those that are left.
@@ -376,7 +407,9 @@ mod tests {
         let client = client.at(reference.repository(), &Credential::Anonymous);
         let find = async |format| {
             let options = PullOptions::default();
-            let mut search = SignatureSearch::new(client, options, limits, format, &[subject]);
+            let subjects = [subject];
+            let search = SignatureSearch::begin(client, options, limits, format, &subjects);
+            let mut search = search.await.expect("a search");
             let mut found = Vec::new();
             while let Some(fetched) = search.next().await.expect("signatures") {
                 found.push(fetched.signature);

@@ -120,8 +120,9 @@ impl SignatureVerifier {
         let ResolvedDigests { top, manifest } = resolved.digests;
         let client = self.registry.at(want.reference.repository(), &credential);
         let subjects = vec![manifest, top];
-        let mut search =
-            SignatureSearch::new(client, self.options, self.limits, demand.format, &subjects);
+        let search =
+            SignatureSearch::begin(client, self.options, self.limits, demand.format, &subjects);
+        let mut search = search.await.map_err(Arc::new)?;
         let mut verification = SignatureVerification::new(demand.clone(), subjects);
         while let Some(found) = search.next().await.map_err(Arc::new)? {
             let bytes = found.bytes().saturating_mul(BYTES_PER_SIGNATURE_BYTE);

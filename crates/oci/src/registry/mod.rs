@@ -197,6 +197,15 @@ pub struct RepositoryClient<'a> {
     pub repository: &'a Repository,
     /// Credential that they send.
     pub credential: &'a Credential,
+    hosts: AskedHosts,
+}
+
+/// The hosts that a client asks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum AskedHosts {
+    All,
+    Mirrors,
+    RegistryItself,
 }
 
 impl Default for RegistryOptions {
@@ -240,7 +249,7 @@ impl Registry {
         repository: &'a Repository,
         credential: &'a Credential,
     ) -> RepositoryClient<'a> {
-        RepositoryClient { registry: self, repository, credential }
+        RepositoryClient { registry: self, repository, credential, hosts: AskedHosts::All }
     }
 
     /// Returns the addresses of a registry's mirrors, as configured now; `None` if its `hosts.toml`
@@ -290,7 +299,14 @@ impl Registry {
     ) -> Result<HostFailover<'a>, RegistryError> {
         let host = request.repository.host();
         let mut endpoints = self.endpoints(request.repository).await?;
-        endpoints.retain(|endpoint| needs.is_met_by(endpoint));
+        endpoints.retain(|endpoint| {
+            let is_asked = match request.hosts {
+                AskedHosts::All => true,
+                AskedHosts::Mirrors => !endpoint.is_registry(),
+                AskedHosts::RegistryItself => endpoint.is_registry(),
+            };
+            is_asked && needs.is_met_by(endpoint)
+        });
         let health = |mirror: &RegistryEndpoint| match request.blob {
             Some(_) if request.without.contains(&mirror.name()) => MirrorHealth::Unusable,
             Some(blob) => self.mirror_health.health(host, blob, &mirror.name()),
@@ -304,6 +320,17 @@ impl Registry {
 }
 
 impl RepositoryClient<'_> {
+    /// Returns a client of the mirrors, and one of the registry itself. `None` if it has no mirrors,
+    /// or if a `hosts.toml` replaces it by another host.
+    pub async fn mirrors_and_registry(self) -> Result<Option<(Self, Self)>, RegistryError> {
+        let endpoints = self.registry.endpoints(self.repository).await?;
+        let is_own = |one: &&Arc<RegistryEndpoint>| one.is_registry() && one.pull && one.resolve;
+        let own = endpoints.iter().filter(is_own).count();
+        let of = |hosts| Self { hosts, ..self };
+        let clients = || (of(AskedHosts::Mirrors), of(AskedHosts::RegistryItself));
+        Ok((own > 0 && own < endpoints.len()).then(clients))
+    }
+
     /// Fetches a manifest. Compares its digest with the requested one, or with the one that the
     /// registry announces for a tag.
     pub async fn manifest(self, name: &ManifestName) -> Result<FetchedManifest, RegistryError> {

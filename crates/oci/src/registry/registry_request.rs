@@ -5,9 +5,9 @@ use std::sync::Arc;
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
 use reqwest::{Method, Url};
 
-use super::RepositoryClient;
 use super::error::{self, RegistryError};
 use super::registry_endpoint::RegistryEndpoint;
+use super::{AskedHosts, RepositoryClient};
 use crate::credentials::Credential;
 use crate::{Digest, Reference, Repository, media_type};
 
@@ -37,8 +37,9 @@ pub(super) struct RegistryRequest<'a> {
     pub(super) method: Method,
     /// Digest of the requested blob.
     pub(super) blob: Option<Digest>,
-    /// Mirrors that are not used.
+    /// Mirrors that are not used for the blob.
     pub(super) without: &'a [Arc<str>],
+    pub(super) hosts: AskedHosts,
     /// Path below the repository.
     pub(super) object: String,
     /// Query of a page.
@@ -135,7 +136,7 @@ impl<'a> RegistryRequest<'a> {
 
     /// Returns a GET request for an object of a repository, which `what` describes in messages.
     fn new(client: RepositoryClient<'a>, what: &str, object: String) -> Self {
-        let RepositoryClient { repository, credential, .. } = client;
+        let RepositoryClient { repository, credential, hosts, .. } = client;
         Self {
             repository,
             credential,
@@ -143,6 +144,7 @@ impl<'a> RegistryRequest<'a> {
             what: error::describe(what, repository),
             blob: None,
             without: &[],
+            hosts,
             object,
             query: None,
             headers: HeaderMap::new(),
