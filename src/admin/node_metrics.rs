@@ -102,7 +102,7 @@ impl Default for NodeMetrics {
             ),
             signature_warnings: families.add(
                 "signature_warnings",
-                "Pulls of content without the demanded signature, mounted because the rule's mode is Warn",
+                "Demanded signatures that were not found, of content that is mounted because the rule's mode is Warn",
             ),
             unknown_mounts: families.add(
                 "unknown_mounts",

@@ -15,7 +15,7 @@ use tonic::Code;
 use crate::support::{
     Admin, Answer, Contents, FakeRegistry, Layer, Manifest, Node, OCI_INDEX, OCI_MANIFEST, Proxy,
     Sandbox, clean_environment, configuration_head, descriptor, digest, preload_cluster::Cluster,
-    push_index, put_json, registry, small_artifact, tool, unique,
+    push_index, put_json, registry, small_artifact, tool, unique, wait_until,
 };
 
 const BUNDLE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
@@ -525,7 +525,7 @@ fn warm_verifies_before_it_fetches_and_warn_only_warns() {
     let warn = changed(&policy, "/rules/0/signatures/mode", json!("Warn"));
     set_policy(&node, &warn);
     mounts(&node, &reference);
-    assert!(node.driver.log().contains("the policy only warns"));
+    wait_until("it is warned of", || node.driver.log().contains("the policy only warns"));
     let checked = check(&node, &reference);
     let report: Value = serde_json::from_slice(&checked.stdout).expect("JSON");
     let signatures = &report["manifests"][0]["signatures"];

@@ -2,15 +2,17 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
+use std::sync::Arc;
 use std::time::Duration;
 
+use axum::body::Bytes;
 use serde_json::json;
 use tonic::Code;
 
 use crate::support::{
-    Admin, Answer, Contents as _, Cosign, FakeRegistry, Format, Image, Layer, Manifest, Node,
-    OCI_INDEX, OCI_MANIFEST, Port, SmallArtifact, Tar, Tree, configuration_head, digest,
-    node_architecture, push_index, registry, run, small_artifact, tool, unique, wait_until,
+    Admin, Answer, AnswerBody, Contents as _, Cosign, FakeRegistry, Format, Gate, Image, Layer,
+    Manifest, Node, OCI_INDEX, OCI_MANIFEST, Port, SmallArtifact, Tar, Tree, configuration_head,
+    digest, node_architecture, push_index, registry, run, small_artifact, tool, unique, wait_until,
 };
 
 /// Starts a node that demands this key's signature.
@@ -330,8 +332,8 @@ fn warn_mounts_and_says_so_and_a_volume_can_demand_more() {
     let artifact = small_artifact();
     let reference = node.proxy.reference(&artifact.name);
     let (volume, _) = node.mount(&reference);
+    wait_until("it is warned of", || warnings() == "1");
     assert!(node.driver.log().contains("the policy only warns"));
-    assert_eq!(warnings(), "1");
     let demanding = node.kubelet.new_volume(&reference).attribute("requireSignature", "true");
     node.kubelet.publish_badly(&demanding, Code::FailedPrecondition);
     signer.sign(Format::Legacy, registry(), &artifact.repository, &artifact.digest);
@@ -350,17 +352,49 @@ fn cached_content_waits_for_no_registry_where_a_policy_only_warns() {
     let reference = node.proxy.reference(&small_artifact().name);
     let (first, tree) = node.mount(&reference);
     node.kubelet.unpublish(&first);
+    // What it has looked for lately is forgotten.
+    let driver = node.driver.restart();
     node.proxy.go_down();
     // Connections are accepted by the kernel, and nothing is answered.
     let hanging = std::net::TcpListener::bind(node.proxy.host()).expect("the registry's address");
-    let second = node.kubelet.new_volume(&reference);
+    let kubelet = driver.kubelet();
+    let second = kubelet.new_volume(&reference);
     // The driver waits 30 seconds for an answer.
-    let published = node.kubelet.publish_within(&second, Duration::from_secs(20));
+    let published = kubelet.publish_within(&second, Duration::from_secs(20));
     published.expect("mounted without an answer");
     assert_eq!(Tree::of(second.target()), tree);
     hanging.set_nonblocking(true).expect("an option of a socket");
     wait_until("the signature is looked for in the background", || hanging.accept().is_ok());
-    node.kubelet.unpublish(&second);
+    kubelet.unpublish(&second);
+}
+
+#[test]
+fn a_search_for_signatures_goes_on_when_the_time_of_its_publish_is_over() {
+    let folder = folder();
+    let signer = Cosign::new(folder.path(), "release");
+    let (artifact, hub, gate) = (small_artifact(), FakeRegistry::new(), Gate::new());
+    signer.sign(Format::Legacy, registry(), &artifact.repository, &artifact.digest);
+    copied(&artifact.repository, "v1", "v1", &hub);
+    let tag = format!("{}.sig", artifact.digest.replace(':', "-"));
+    copied(&artifact.repository, &tag, &tag, &hub);
+    let bytes = Bytes::from(fetched(&artifact.repository, &format!("manifests/{tag}")));
+    let (path, held) = (format!("/v2/hostile/manifests/{tag}"), Arc::clone(&gate));
+    hub.script(move |request| {
+        let body = AnswerBody::Gated { bytes: bytes.clone(), gate: Arc::clone(&held) };
+        let answer = Answer::body(body).with_header("content-type", OCI_MANIFEST);
+        (request.path == path).then_some(answer)
+    });
+    let node = node_with(("release", &signer), "");
+    let volume = node.kubelet.new_volume(&hub.reference("v1"));
+    for _ in 0..2 {
+        let status = node.kubelet.publish_within(&volume, Duration::from_secs(6));
+        assert_eq!(status.expect_err("it waits").code(), Code::Aborted);
+        assert_eq!(gate.waiting(), 1, "the next try joins the search");
+    }
+    gate.open();
+    node.kubelet.publish_well(&volume);
+    assert_eq!(gate.waiting(), 1);
+    node.kubelet.unpublish(&volume);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use super::error::PullError;
 use super::pull_tenant::{Caller, Tenant};
 use super::tree_shape::Shape;
 use oci::credentials::{Keyring, WorkloadIdentity};
-use oci::signature::SignatureDemand;
+use oci::signature::{SignatureDemand, SignatureMode};
 use oci::{Platform, Reference};
 
 /// When the registry is asked: the kubelet's words with the kubelet's meaning.
@@ -88,6 +88,11 @@ impl Want {
     /// Returns the caller of the flights that this volume waits for.
     pub(super) fn caller(&self) -> Caller {
         Caller::new(self.priority, self.tenant.clone())
+    }
+
+    /// Returns whether a signature is demanded without which it is mounted too.
+    pub(super) fn is_only_warned_of(&self) -> bool {
+        self.signature.as_ref().is_some_and(|demand| demand.mode == SignatureMode::Warn)
     }
 
     /// Compares a size with the volume's own bound.

@@ -6,7 +6,6 @@
 use super::Puller;
 use super::artifact_request::{PullPolicy, Want};
 use super::signature_verification;
-use oci::signature::{SignatureMode, SignedObject};
 use store::object_name::ObjectName;
 use store::{Tree, TreeKey};
 
@@ -40,11 +39,10 @@ impl Puller {
         if let Some(demand) = &want.signature
             && !signature_verification::is_verified(store, repository, known.digests, demand)
         {
-            if demand.mode == SignatureMode::Enforce {
+            if !want.is_only_warned_of() {
                 return None;
             }
-            let id = demand.id(SignedObject::Manifest);
-            self.verify_later(want, (repository.clone(), manifest, id));
+            self.verify_later(want, known.digests, None);
         }
         Some(key)
     }

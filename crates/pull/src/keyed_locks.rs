@@ -19,9 +19,4 @@ impl<K: Eq + Hash> KeyedLocks<K> {
     pub(super) async fn lock(&self, key: K) -> OwnedMutexGuard<()> {
         self.0.get(key, Mutex::default).lock_owned().await
     }
-
-    /// Takes the lock of a key, unless it is taken.
-    pub(super) fn try_lock(&self, key: K) -> Option<OwnedMutexGuard<()>> {
-        self.0.get(key, Mutex::default).try_lock_owned().ok()
-    }
 }

@@ -12,7 +12,7 @@
 //!   manifest_fetch            the index, the manifest and the configuration from a registry
 //!   access_proofs             whether a credential opens a manifest
 //! signature_verification      verifying the signatures of an artifact; signature_search: finding them;
-//!                             deferred_verification: after the mount, where a policy only warns
+//!                             deferred_verification: beside the mount, where a policy only warns
 //!
 //! artifact_tree               the tree assembler: manifest -> tree
 //!   tree_shape                what a volume shows of a manifest
@@ -162,7 +162,7 @@ pub struct Puller(Arc<Parts>);
 /// The steps of a pull.
 struct Parts {
     resolver: Arc<Resolver>,
-    signatures: SignatureVerifier,
+    signatures: Arc<SignatureVerifier>,
     deferred: DeferredVerifications,
     assembler: Arc<TreeAssembler>,
     composer: Arc<Composer>,
@@ -294,7 +294,7 @@ impl Puller {
             layers: Flights::new(runway.clone(), now),
             naming: KeyedLocks::default(),
         });
-        let signatures = SignatureVerifier {
+        let signatures = Arc::new(SignatureVerifier {
             store: store.clone(),
             registry,
             resolver: Arc::clone(&resolver),
@@ -302,7 +302,8 @@ impl Puller {
             options,
             limits: limits.manifest(),
             observer: Arc::clone(&observer),
-        };
+            flights: Flights::new(runway.clone(), LINGER),
+        });
         let composer = Arc::new(Composer {
             store: store.clone(),
             reader: Arc::clone(&reader),
@@ -378,6 +379,10 @@ impl Puller {
     /// Compares what was resolved with the demands of the volume, before any of it is fetched.
     async fn check(&self, want: &Want, resolved: &Resolved) -> Outcome<()> {
         self.0.resolver.check_size(want, resolved).await?;
+        if want.priority == Priority::Pod && want.is_only_warned_of() {
+            self.verify_later(want, resolved.digests, Some(resolved));
+            return Ok(());
+        }
         self.0.signatures.verify(want, resolved).await
     }
 

@@ -188,6 +188,10 @@ impl<'a> SignatureSearch<'a> {
                 Ok(None) => {}
                 Err(PullError::Registry(error)) if self.registry_itself.is_some() => {
                     tracing::info!(%error, "mirrors were of no use for signatures: the registry itself is asked too");
+                    // A mirror that does not answer would keep each step waiting.
+                    if error.is_transient() {
+                        self.steps.clear();
+                    }
                 }
                 found => return found,
             }

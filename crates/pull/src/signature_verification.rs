@@ -1,7 +1,8 @@
 //! Verification of an artifact's signatures before anything of it is unpacked.
 //!
 //! A verdict is kept with the content, under a hash of the demand. Without one, the signatures in the registry are
-//! verified one after another.
+//! verified one after another, in a flight: callers with the same demand share it, and it continues when their time is
+//! over.
 //!
 //! | memory | held | from |
 //! | --- | --- | --- |
@@ -10,6 +11,7 @@
 //! | their parsed forms | while one is verified | the budget of computations |
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::artifact_request::Want;
 use super::blocking;
@@ -19,9 +21,9 @@ use super::error::PullError;
 use super::pull_options::PullOptions;
 use super::reference_resolution::{Resolved, ResolvedDigests, Resolver};
 use super::signature_search::{KEPT_BYTES, SignatureSearch};
-use super::single_flight::Outcome;
+use super::single_flight::{Flights, Outcome};
 use oci::manifest::ManifestLimits;
-use oci::registry::Registry;
+use oci::registry::{Registry, RegistryError};
 use oci::signature::{
     AcceptedSignature, FoundSignature, SignatureDemand, SignatureMode, SignatureVerification,
     SignedObject,
@@ -32,6 +34,12 @@ use store::Store;
 /// Memory for each byte of a signature while it is found out how much a verification takes.
 const BYTES_PER_SIGNATURE_BYTE: u64 = 3;
 
+/// The time in which the signatures of an artifact are found and verified.
+const TIME_LIMIT: Duration = Duration::from_mins(5);
+
+/// A manifest of a repository, and the hash of the demand.
+pub(super) type VerificationKey = (Repository, ResolvedDigests, Digest);
+
 /// Makes sure that manifests have the signatures that volumes demand.
 pub(super) struct SignatureVerifier {
     pub(super) store: Store,
@@ -41,6 +49,16 @@ pub(super) struct SignatureVerifier {
     pub(super) options: PullOptions,
     pub(super) limits: ManifestLimits,
     pub(super) observer: Arc<dyn Observer>,
+    pub(super) flights: Flights<VerificationKey, ()>,
+}
+
+/// Returns the key of a verification, which is the same for all modes.
+pub(super) fn key(
+    want: &Want,
+    digests: ResolvedDigests,
+    demand: &SignatureDemand,
+) -> VerificationKey {
+    (want.reference.repository().clone(), digests, demand.id(SignedObject::Manifest))
 }
 
 /// Returns whether a verdict is kept: of the manifest itself, or of the index that it is chosen from here. Blocking.
@@ -58,7 +76,7 @@ pub(super) fn is_verified(
 
 impl SignatureVerifier {
     /// Makes sure that a manifest has the signatures that the volume demands.
-    pub(super) async fn verify(&self, want: &Want, resolved: &Resolved) -> Outcome<()> {
+    pub(super) async fn verify(self: &Arc<Self>, want: &Want, resolved: &Resolved) -> Outcome<()> {
         let Some(demand) = &want.signature else { return Ok(()) };
         let (store, repository) = (self.store.clone(), want.reference.repository().clone());
         let (digests, of) = (resolved.digests, demand.clone());
@@ -66,7 +84,13 @@ impl SignatureVerifier {
         if blocking(known).await.map_err(Arc::new)? {
             return Ok(());
         }
-        let verified = self.verify_now(want, resolved, demand).await;
+        let key = key(want, resolved.digests, demand);
+        let start = |_| {
+            let (verifier, want) = (Arc::clone(self), want.clone());
+            let (resolved, demand) = (resolved.clone(), demand.clone());
+            async move { verifier.verify_in_time(&want, &resolved, &demand).await }
+        };
+        let verified = self.flights.run(key, want.caller(), |_| {}, start).await;
         match (verified, demand.mode) {
             (Err(error), SignatureMode::Warn) => {
                 tracing::warn!(reference = %want.reference, %error, "the policy only warns: it is mounted");
@@ -75,6 +99,22 @@ impl SignatureVerifier {
             }
             (verified, _) => verified,
         }
+    }
+
+    async fn verify_in_time(
+        &self,
+        want: &Want,
+        resolved: &Resolved,
+        demand: &SignatureDemand,
+    ) -> Result<(), PullError> {
+        let verified = tokio::time::timeout(TIME_LIMIT, self.verify_now(want, resolved, demand));
+        let Ok(verified) = verified.await else {
+            let repository = want.reference.repository();
+            let (host, waited) = (repository.host().to_owned(), TIME_LIMIT);
+            let what = format!("the signatures of {repository}");
+            return Err(RegistryError::Timeout { host, what, waited }.into());
+        };
+        verified.map_err(PullError::Shared)
     }
 
     async fn verify_now(
@@ -169,7 +209,10 @@ mod tests {
         let enforced = Want { signature: Some(demand.clone()), ..want.clone() };
         let resolved = node.puller.0.resolver.resolve(&want).await.expect("a manifest");
         let error = node.pull(&enforced).await.expect_err("it is not signed");
-        assert!(matches!(*error, PullError::Signature(UnmetDemand { flaw: None, .. })), "{error}");
+        assert!(
+            matches!(error.root(), PullError::Signature(UnmetDemand { flaw: None, .. })),
+            "{error}"
+        );
         assert!(registry.seen("blobs/").is_empty());
         let demand = SignatureDemand { mode: SignatureMode::Warn, ..demand };
         let warned = Want { signature: Some(demand), ..want };

@@ -69,6 +69,16 @@ impl Credential {
         material
     }
 
+    /// Returns the size of its texts in bytes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Anonymous => 0,
+            Self::Basic { username, password } => username.len() + password.len(),
+            Self::IdentityToken { username, token } => username.len() + token.len(),
+            Self::RegistryToken { token } => token.len(),
+        }
+    }
+
     /// Returns whether no credential is sent.
     pub fn is_anonymous(&self) -> bool {
         matches!(self, Self::Anonymous)
