@@ -355,7 +355,9 @@ impl ArtifactReader<'_> {
             (Err(unmet), SignatureMode::Warn) => {
                 Ok(SignatureStatus::Warned { reason: unmet.to_string() })
             }
-            (Err(unmet), SignatureMode::Enforce) => Err(PullError::Signature(unmet)),
+            (Err(unmet), SignatureMode::Enforce) => {
+                Err(PullError::Signature { signed: subjects[1], unmet: Box::new(unmet) })
+            }
         }
     }
 }

@@ -272,10 +272,10 @@ impl IdentityEntry {
 
 impl RuleEntry {
     fn with_signers(&self, signers: &KnownSigners) -> Result<PolicyRule, String> {
-        let patterns = |texts: &[String]| -> Result<Vec<GlobPattern>, String> {
-            texts.iter().map(|text| GlobPattern::parse(text)).collect()
-        };
-        let (references, namespaces) = (patterns(&self.references)?, patterns(&self.namespaces)?);
+        let references = self.references.iter().map(|text| GlobPattern::of_repositories(text));
+        let references = references.collect::<Result<_, _>>()?;
+        let namespaces = self.namespaces.iter().map(|text| GlobPattern::of_namespaces(text));
+        let namespaces = namespaces.collect::<Result<_, _>>()?;
         let signatures = self.signatures.as_ref();
         let signature = signatures.map(|entry| entry.with_signers(signers)).transpose()?;
         let maximum_bytes = self.max_artifact_bytes.map(|quantity| quantity.0);

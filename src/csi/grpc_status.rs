@@ -67,7 +67,7 @@ fn pull(error: &PullError) -> Code {
         },
         PullError::ConfigTooLarge { .. }
         | PullError::Memory(_)
-        | PullError::Signature(_)
+        | PullError::Signature { .. }
         | PullError::TooManyBytes { .. } => Code::FailedPrecondition,
         PullError::BlobSize { .. } | PullError::BlobDigest { .. } | PullError::Crashed => {
             Code::Internal

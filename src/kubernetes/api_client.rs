@@ -10,6 +10,7 @@ use kube::Config;
 use kube::api::ListParams;
 use kube::client::{Body, ConfigExt as _};
 use serde_json::Value;
+use text::printable::excerpt;
 use tower::{BoxError, ServiceBuilder};
 
 /// The timeout of one request. The caller decides about retries.
@@ -41,7 +42,7 @@ pub enum KubernetesError {
         reason: String,
     },
     /// The server refuses the request.
-    #[error("the Kubernetes API answers {method} {path} with {status}{}", hint(*status))]
+    #[error("the Kubernetes API answers {method} {path} with {status}{}{message}", hint(*status))]
     Refused {
         /// The method of the request.
         method: Method,
@@ -49,6 +50,8 @@ pub enum KubernetesError {
         path: String,
         /// The status of the response.
         status: StatusCode,
+        /// The message of the response in parentheses, or nothing.
+        message: String,
     },
     /// The response is not the expected JSON.
     #[error("the Kubernetes API's answer to {path} is not understood")]
@@ -150,10 +153,18 @@ impl KubernetesClient {
             .map_err(|_| unreachable("operation timed out".to_owned()))?
             .map_err(|error| unreachable(root_cause(error.as_ref())))?;
         if !status.is_success() {
-            return Err(KubernetesError::Refused { method, path, status });
+            return Err(KubernetesError::Refused { method, path, status, message: message(&body) });
         }
-        serde_json::from_slice(&body).map_err(|_| KubernetesError::Garbled { path })
+        let object = serde_json::from_slice(&body).map(Value::Object);
+        object.map_err(|_| KubernetesError::Garbled { path })
     }
+}
+
+/// Returns the message of a `Status` for an error, or nothing.
+fn message(body: &[u8]) -> String {
+    let status = serde_json::from_slice::<Value>(body).unwrap_or_default();
+    let message = status["message"].as_str().filter(|message| !message.is_empty());
+    message.map(|message| format!(" ({})", excerpt(message, 300))).unwrap_or_default()
 }
 
 fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
@@ -168,19 +179,42 @@ fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
 mod tests {
     use super::*;
 
+    /// Answers a request with this status and body.
+    async fn answered(status: u16, body: String) -> Result<Option<Value>, String> {
+        let service = tower::service_fn(move |_: Request<Body>| {
+            let response = http::Response::builder().status(status);
+            let response = response.body(Body::from(body.clone().into_bytes()));
+            async move { response.map_err(BoxError::from) }
+        });
+        let server = "https://server".to_owned();
+        let client = KubernetesClient { kube: kube::Client::new(service, "team"), server };
+        client.get("/api/v1/pods").await.map_err(|error| error.to_string())
+    }
+
     #[tokio::test]
     async fn an_answer_beyond_the_bound_is_not_read_into_memory() {
-        let response = |bytes: usize| {
-            let service = tower::service_fn(move |_: Request<Body>| async move {
-                let text = format!("\"{}\"", "x".repeat(bytes - 2));
-                Ok::<_, BoxError>(http::Response::new(Body::from(text.into_bytes())))
-            });
-            let server = "https://server".to_owned();
-            let client = KubernetesClient { kube: kube::Client::new(service, "team"), server };
-            async move { client.get("/api/v1/pods").await }
-        };
-        assert!(response(MAXIMUM_RESPONSE_BYTES).await.is_ok());
-        let error = response(MAXIMUM_RESPONSE_BYTES + 1).await.expect_err("too long").to_string();
+        let of = |bytes: usize| format!("{{\"a\":\"{}\"}}", "x".repeat(bytes - 8));
+        assert!(answered(200, of(MAXIMUM_RESPONSE_BYTES)).await.is_ok());
+        let error = answered(200, of(MAXIMUM_RESPONSE_BYTES + 1)).await.expect_err("too long");
         assert!(error.contains("length limit exceeded"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_no_object_is_refused() {
+        for body in ["[1]", "1", "", "{"] {
+            let error = answered(200, body.to_owned()).await.expect_err(body);
+            assert!(error.contains("not understood"), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_message_of_a_refusal_is_shown() {
+        let status = r#"{"kind": "Status", "message": "data: Too long\n"}"#;
+        let error = answered(422, status.to_owned()).await.expect_err("refused");
+        assert!(error.ends_with("with 422 Unprocessable Entity (data: Too long)"), "{error}");
+        for body in ["", "[]", r#"{"message": 1}"#, r#"{"message": ""}"#] {
+            let error = answered(422, body.to_owned()).await.expect_err("refused");
+            assert!(error.ends_with("with 422 Unprocessable Entity"), "{error}");
+        }
     }
 }

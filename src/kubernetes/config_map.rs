@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
+use serde::Deserialize as _;
 use serde_json::{Value, json};
 
 use super::{KubernetesClient, KubernetesError};
@@ -63,10 +64,10 @@ impl ConfigMap {
     ) -> Result<Option<Self>, KubernetesError> {
         let ConfigMapName { namespace, name } = name;
         let path = format!("/api/v1/namespaces/{namespace}/configmaps/{name}");
-        let Some(mut object) = client.get(&path).await? else { return Ok(None) };
-        let data = serde_json::from_value::<Option<_>>(object["data"].take());
+        let Some(object) = client.get(&path).await? else { return Ok(None) };
+        let data = Option::<BTreeMap<_, _>>::deserialize(&object["data"]);
         let data = data.map_err(|_| KubernetesError::Garbled { path: path.clone() })?;
-        let version = object["metadata"]["resourceVersion"].take();
+        let version = object["metadata"]["resourceVersion"].clone();
         Ok(Some(Self { path, version, data: data.unwrap_or_default() }))
     }
 

@@ -259,7 +259,7 @@ fn reason(error: &PullError) -> &'static str {
         PullError::Registry(error) if error.is_transient() => "RegistryUnavailable",
         PullError::Registry(_) => "RegistryRefused",
         PullError::Manifest(ManifestError::NoPlatform { .. }) => "PlatformMissing",
-        PullError::Signature(_) | PullError::TooManyBytes { .. } => "PolicyDenied",
+        PullError::Signature { .. } | PullError::TooManyBytes { .. } => "PolicyDenied",
         PullError::Provider(_) => "CredentialProvider",
         error if error.is_full() => "NoRoom",
         _ => "PullFailed",

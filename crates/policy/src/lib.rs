@@ -4,7 +4,9 @@
 //!
 //! An attribute of a volume can add a demand and never removes one.
 
-use globset::{GlobBuilder, GlobMatcher};
+use std::fmt;
+
+use globset::{GlobBuilder, GlobSet};
 
 use oci::Reference;
 use oci::registry::other_spellings;
@@ -60,9 +62,12 @@ pub struct PolicyDemands {
     pub signature: Option<SignatureDemand>,
 }
 
+/// The maximum size of a pattern: a host and a path have fewer bytes.
+const MAXIMUM_PATTERN_BYTES: usize = 1024;
+
 /// A glob: `*` matches within a path component, `**` across components.
 #[derive(Clone, Debug)]
-pub struct GlobPattern(GlobMatcher);
+pub struct GlobPattern(GlobSet);
 
 /// A mount that the policy decides on, before the registry is contacted.
 #[derive(Clone, Copy, Debug)]
@@ -101,23 +106,54 @@ pub enum PolicyError {
 }
 
 impl GlobPattern {
-    /// Parses a glob.
+    /// Parses a glob of repositories, as `host/path`.
     ///
     /// # Errors
     ///
-    /// A message for an empty or malformed glob.
-    pub fn parse(text: &str) -> Result<Self, String> {
+    /// A message for a glob that is malformed, or that no repository matches.
+    pub fn of_repositories(text: &str) -> Result<Self, String> {
+        let path = text.split_once('/').map_or("", |(_, path)| path);
+        let has_path = !path.is_empty() || text.contains("**");
+        let is_outside = |part| text.contains(part) || path.contains(':');
+        let ends = text.starts_with('/') || text.ends_with('/');
+        if !has_path || ends || ["://", "@", " "].into_iter().any(is_outside) {
+            return Err(format!(
+                "\"{}\" matches no repository: write registry/repository, without scheme, tag and digest; registry/** is all of a registry",
+                excerpt(text, 80)
+            ));
+        }
+        Self::parse(text)
+    }
+
+    /// Parses a glob of namespaces.
+    ///
+    /// # Errors
+    ///
+    /// A message for a malformed glob.
+    pub fn of_namespaces(text: &str) -> Result<Self, String> {
+        Self::parse(text)
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let refused = |reason: &dyn fmt::Display| {
+            format!("\"{}\" is no pattern: {reason}", excerpt(text, 80))
+        };
+        if text.is_empty() {
+            return Err("a pattern is empty".to_owned());
+        }
+        if text.len() > MAXIMUM_PATTERN_BYTES {
+            let reason = format!("it has more than {MAXIMUM_PATTERN_BYTES} bytes");
+            return Err(refused(&reason));
+        }
         // The case of hosts does not matter, and paths and namespaces have no upper case.
         let glob = GlobBuilder::new(text)
             .literal_separator(true)
             .backslash_escape(false)
             .case_insensitive(true)
             .build();
-        match glob {
-            Ok(glob) if !text.is_empty() => Ok(Self(glob.compile_matcher())),
-            Ok(_) => Err("a pattern is empty".to_owned()),
-            Err(error) => Err(format!("\"{}\" is no pattern: {}", excerpt(text, 80), error.kind())),
-        }
+        // Unlike a matcher, a set refuses what it cannot compile.
+        let set = glob.and_then(|glob| GlobSet::new([glob]));
+        set.map(Self).map_err(|error| refused(error.kind()))
     }
 
     fn matches(&self, text: &str) -> bool {

@@ -129,8 +129,31 @@ fn a_rule_can_demand_a_digest() {
 
 #[test]
 fn malformed_patterns_are_refused() {
-    for text in ["", "r.io/[", "r.io/{a"] {
+    let (nested, long) =
+        (format!("r.io/{}a{}", "{".repeat(300), "}".repeat(300)), "a".repeat(1025));
+    for text in ["", "r.io/[", "r.io/{a", &nested, &long] {
         assert!(GlobPattern::parse(text).is_err(), "{text}");
+    }
+}
+
+#[test]
+fn patterns_that_match_no_repository_are_refused() {
+    for text in [
+        "https://r.io/**",
+        "r.io/app:v1",
+        "r.io/app@sha256:*",
+        "/r.io/**",
+        " r.io/**",
+        "r.io/app ",
+        "r.io/",
+        "r.io",
+        "*",
+    ] {
+        let error = GlobPattern::of_repositories(text).expect_err(text);
+        assert!(error.contains("registry/**"), "{error}");
+    }
+    for text in ["**", "r.io:5000/**", "*/app", "**/app", "{r.io/a,r.io/b}", "r.io/*"] {
+        assert!(GlobPattern::of_repositories(text).is_ok(), "{text}");
     }
 }
 

@@ -24,8 +24,13 @@ pub enum PullError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// No signature that the policy demands.
-    #[error("{0}: sign it, or mount what is signed")]
-    Signature(UnmetDemand),
+    #[error("{unmet}: sign {signed}, or mount what is signed")]
+    Signature {
+        /// The digest that the reference names on this node: its tag may have moved since.
+        signed: Digest,
+        /// The reason.
+        unmet: Box<UnmetDemand>,
+    },
     /// More than the policy allows.
     #[error("it has {bytes} bytes, the node's policy allows {limit} (maxArtifactBytes)")]
     TooManyBytes {
@@ -145,7 +150,7 @@ impl PullError {
             Self::Store(_) => "disk",
             Self::Unwanted | Self::ShuttingDown => return ("cancelled", "unwanted"),
             Self::Provider(_) => "credential_provider",
-            Self::Signature(_) | Self::TooManyBytes { .. } => "policy",
+            Self::Signature { .. } | Self::TooManyBytes { .. } => "policy",
             Self::Shared(_) | Self::Crashed => "internal",
         };
         ("failure", reason)

@@ -190,7 +190,9 @@ impl SignatureVerifier {
                 break;
             }
         }
-        verification.finish().map_err(|unmet| Arc::new(PullError::Signature(unmet)))
+        let refused =
+            |unmet| Arc::new(PullError::Signature { signed: top, unmet: Box::new(unmet) });
+        verification.finish().map_err(refused)
     }
 }
 
@@ -198,7 +200,7 @@ impl SignatureVerifier {
 mod tests {
     use super::super::testing::{TestNode, TestRegistry, file_layer};
     use super::*;
-    use oci::signature::{Signers, UnmetDemand};
+    use oci::signature::Signers;
 
     #[tokio::test]
     async fn nothing_is_downloaded_of_an_artifact_without_the_signature() {
@@ -210,7 +212,10 @@ mod tests {
         let resolved = node.puller.0.resolver.resolve(&want).await.expect("a manifest");
         let error = node.pull(&enforced).await.expect_err("it is not signed");
         assert!(
-            matches!(error.root(), PullError::Signature(UnmetDemand { flaw: None, .. })),
+            matches!(
+                error.root(),
+                PullError::Signature { unmet, .. } if unmet.flaw.is_none()
+            ),
             "{error}"
         );
         assert!(registry.seen("blobs/").is_empty());

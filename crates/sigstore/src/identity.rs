@@ -114,6 +114,9 @@ impl TextPattern {
         expression: Option<&str>,
     ) -> Result<Self, String> {
         match (exact, expression) {
+            (Some(exact), None) if exact.contains(char::is_whitespace) => {
+                Err(format!("{name} has white space, which none has"))
+            }
             (Some(exact), None) if !exact.is_empty() => Ok(Self::Exact(exact.to_owned())),
             (None, Some(written)) if !written.is_empty() => {
                 let compile = |text: &str| {
@@ -271,6 +274,7 @@ mod tests {
             (None, None, "issuerRegExp"),
             (Some("a"), Some("a"), "either"),
             (Some(""), None, "either"),
+            (Some("a\n"), None, "white space"),
             (None, Some(""), "either"),
             (None, Some("a)|(b"), "no regular expression"),
             (None, Some("(?x)a #"), "no regular expression"),
