@@ -62,8 +62,10 @@ pub struct PolicyDemands {
     pub signature: Option<SignatureDemand>,
 }
 
-/// The maximum size of a pattern: a host and a path have fewer bytes.
-const MAXIMUM_PATTERN_BYTES: usize = 1024;
+/// The maximum size of a pattern: hundreds of alternatives.
+const MAXIMUM_PATTERN_BYTES: usize = 64 << 10;
+/// Alternatives within each other. The parser of globs calls itself for each level.
+const MAXIMUM_NESTED: usize = 10;
 
 /// A glob: `*` matches within a path component, `**` across components.
 #[derive(Clone, Debug)]
@@ -143,6 +145,17 @@ impl GlobPattern {
         }
         if text.len() > MAXIMUM_PATTERN_BYTES {
             let reason = format!("it has more than {MAXIMUM_PATTERN_BYTES} bytes");
+            return Err(refused(&reason));
+        }
+        let mut depth = 0_usize;
+        let is_nested = |character| {
+            depth =
+                depth + usize::from(character == '{') - usize::from(character == '}' && depth > 0);
+            depth > MAXIMUM_NESTED
+        };
+        if text.chars().any(is_nested) {
+            let reason =
+                format!("it has more than {MAXIMUM_NESTED} alternatives within each other");
             return Err(refused(&reason));
         }
         // The case of hosts does not matter, and paths and namespaces have no upper case.

@@ -129,11 +129,14 @@ fn a_rule_can_demand_a_digest() {
 
 #[test]
 fn malformed_patterns_are_refused() {
-    let (nested, long) =
-        (format!("r.io/{}a{}", "{".repeat(300), "}".repeat(300)), "a".repeat(1025));
-    for text in ["", "r.io/[", "r.io/{a", &nested, &long] {
-        assert!(GlobPattern::parse(text).is_err(), "{text}");
+    let nested = |depth| format!("r.io/{}a{}", "{".repeat(depth), "}".repeat(depth));
+    let long = "a".repeat(MAXIMUM_PATTERN_BYTES + 1);
+    for text in ["", "r.io/[", "r.io/{a", &nested(MAXIMUM_NESTED + 1), &long] {
+        assert!(GlobPattern::parse(text).is_err(), "{}", excerpt(text, 20));
     }
+    assert!(GlobPattern::parse(&nested(MAXIMUM_NESTED)).is_ok());
+    let hosts: Vec<_> = (0..1000).map(|number| format!("host-{number}.example/**")).collect();
+    assert!(GlobPattern::parse(&format!("{{{}}}", hosts.join(","))).is_ok());
 }
 
 #[test]

@@ -92,7 +92,9 @@ impl SignatureVerifier {
         };
         let verified = self.flights.run(key, want.caller(), |_| {}, start).await;
         match (verified, demand.mode) {
-            (Err(error), SignatureMode::Warn) => {
+            (Err(error), SignatureMode::Warn)
+                if !matches!(error.root(), PullError::ShuttingDown) =>
+            {
                 tracing::warn!(reference = %want.reference, %error, "the policy only warns: it is mounted");
                 self.observer.signature_warning();
                 Ok(())
