@@ -28,7 +28,7 @@ pub enum PullError {
     Signature {
         /// The digest that the reference names on this node: its tag may have moved since.
         signed: Digest,
-        /// The reason.
+        /// The demand that no signature meets.
         unmet: Box<UnmetDemand>,
     },
     /// More than the policy allows.
